@@ -1,0 +1,271 @@
+"""Perceptual similarity as DreamSim defines it: embedding, distance, 2AFC score, hinge loss, and the metric itself."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from thesis_lib import attention, backbone
+from thesis_lib.statistics import Interval, bootstrap_mean
+
+FEATURES = ("cls", "cls_norm", "cls_patch")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """Return 1 - cosine similarity along the last dimension, in [0, 2]."""
+    return 1 - F.cosine_similarity(a, b, dim=-1)
+
+
+def two_afc_scores(d_left: ArrayLike, d_right: ArrayLike, right_vote: ArrayLike) -> Tensor:
+    """Score each triplet by the share of people who agree with the smaller distance, float64 (n,).
+
+    right_vote: share of votes for the right image, in [0, 1]. Equal distances score one half (LPIPS, Zhang et al. 2018;
+    DreamSim, Fu et al. 2023). Raises ValueError for different shapes, NaN distances and votes outside [0, 1].
+    """
+    d_left, d_right, vote = _triplets(d_left, d_right, right_vote)
+    bad = int((d_left.isnan() | d_right.isnan()).sum())
+    if bad:
+        raise ValueError(f"{bad} of {len(vote)} triplets have a NaN distance.")
+    vote = vote.double()
+    if not bool(((vote >= 0) & (vote <= 1)).all()):
+        raise ValueError("right_vote must be the share of votes for the right image, in [0, 1].")
+    credit = torch.where(d_left < d_right, 1 - vote, vote)
+    return torch.where(d_left == d_right, 0.5, credit)
+
+
+def two_afc_score(d_left: ArrayLike, d_right: ArrayLike, right_vote: ArrayLike) -> float:
+    """Return the mean of `two_afc_scores`, in [0, 1]. Raises ValueError for no triplets."""
+    scores = two_afc_scores(d_left, d_right, right_vote)
+    if len(scores) == 0:
+        raise ValueError("There are no triplets to score.")
+    return scores.mean().item()
+
+
+def hinge_loss(d_left: Tensor, d_right: Tensor, right_vote: Tensor, margin: float = 0.05) -> Tensor:
+    """Return the mean of max(0, margin - y (d_left - d_right)), y = +1 where the right image won the vote, else -1.
+
+    A vote of one half counts as left (DreamSim, Fu et al. 2023, section 4.2). Raises ValueError for different shapes.
+    """
+    d_left, d_right, vote = _triplets(d_left, d_right, right_vote)
+    sign = 2 * vote.round() - 1  # rounds 0.5 to 0
+    return (margin - sign * (d_left - d_right)).clamp(min=0).mean()
+
+
+def triplet_distances(embeddings: Tensor, index: ArrayLike, *, chunk: int = 4096) -> tuple[Tensor, Tensor]:
+    """Return float64 (d_left, d_right), each (n,), for triplets that index into embeddings.
+
+    embeddings: (m, D). index: integers (n, 3), the rows of reference, left and right.
+    Raises ValueError for an index of another shape or out of range.
+    """
+    index = torch.as_tensor(index)
+    if index.ndim != 2 or index.shape[1] != 3 or index.is_floating_point():
+        raise ValueError(f"index must be integers of shape (n, 3), got {index.dtype} {tuple(index.shape)}.")
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(embeddings):
+        raise ValueError(f"index runs from {index.min()} to {index.max()}, but there are {len(embeddings)} embeddings.")
+    parts = [torch.empty(0, 2, dtype=torch.float64, device=embeddings.device)]
+    for rows in index.split(chunk):
+        ref, left, right = embeddings[rows].double().unbind(1)  # (c, 3, D)
+        parts.append(torch.stack([distance(ref, left), distance(ref, right)], dim=1))
+    d_left, d_right = torch.cat(parts).unbind(1)
+    return d_left, d_right
+
+
+def nights_report(scores: ArrayLike, is_imagenet: ArrayLike) -> dict[str, Interval]:
+    """Return the published NIGHTS test numbers, `test`, `test_imagenet`, `test_no_imagenet`, with 95 % intervals.
+
+    scores: `two_afc_scores` of the test split. is_imagenet: bool (n,). A part without triplets is left out.
+    """
+    scores, imagenet = np.asarray(scores), np.asarray(is_imagenet, dtype=bool)
+    if scores.shape != imagenet.shape:
+        raise ValueError(f"scores {scores.shape} and is_imagenet {imagenet.shape} differ in shape.")
+    parts = {"test": scores, "test_imagenet": scores[imagenet], "test_no_imagenet": scores[~imagenet]}
+    return {name: bootstrap_mean(part) for name, part in parts.items() if len(part)}
+
+
+class Metric(nn.Module):
+    """A backbone as a perceptual metric, called as the `dreamsim` package's model is.
+
+    feature: "cls" (class token of the last block before the final norm, DreamSim's), "cls_norm" (after it) or
+    "cls_patch" (class token and mean patch token, both before the norm, 2D wide).
+    normalize: subtract an embedding's mean, then divide by its norm (DreamSim 0.2), which makes the cosine a
+    correlation; for "cls_patch" every token is normalised before the patch mean is taken.
+    The metric takes over the backbone's device and training mode.
+    """
+
+    def __init__(self, backbone: nn.Module, feature: str = "cls", normalize: bool = True):
+        super().__init__()
+        if feature not in FEATURES:
+            raise ValueError(f"feature {feature!r} is not one of {', '.join(FEATURES)}.")
+        if not getattr(backbone, "has_class_token", False):
+            raise ValueError("The backbone has no class token, which every feature needs.")
+        self.backbone, self.feature, self.normalize = backbone, feature, normalize
+        device = next(backbone.parameters()).device
+        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in _normalization(backbone))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.train(backbone.training)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the distances of image pairs: (B, 3, H, W) twice, floats in [0, 1] -> (B,)."""
+        return distance(self.embed(a), self.embed(b))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return embeddings: (B, 3, H, W) floats in [0, 1] -> (B, D). Raises ValueError for other input."""
+        self._check(x)
+        return self._embed(x)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        ((patches, prefix),) = self.backbone.forward_intermediates(
+            (x - self.mean) / self.std,
+            indices=1,  # the last block
+            return_prefix_tokens=True,
+            norm=self.feature == "cls_norm",
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        cls = self._centre(prefix[:, 0])  # (B, D); registers, if any, are left out
+        if self.feature != "cls_patch":
+            return cls
+        return torch.cat([cls, self._centre(patches).mean(dim=1)], dim=-1)  # (B, 2D)
+
+    def _centre(self, tokens: Tensor) -> Tensor:
+        return F.normalize(tokens - tokens.mean(dim=-1, keepdim=True), dim=-1) if self.normalize else tokens
+
+    def _check(self, x: Tensor) -> None:
+        size = tuple(self.backbone.patch_embed.img_size)
+        if x.ndim != 4 or x.shape[1:] != (3, *size):
+            raise ValueError(f"Images must have the shape (B, 3, {size[0]}, {size[1]}), got {tuple(x.shape)}.")
+        if not x.is_floating_point():
+            raise ValueError(f"Images must be floats in [0, 1], got {x.dtype}; divide bytes by 255.")
+        if x.numel() and not torch.compiler.is_compiling():
+            low, high = (v.item() for v in x.detach().aminmax())
+            if not (low >= -1e-3 and high <= 1 + 1e-3):  # written so that NaN fails
+                raise ValueError(
+                    f"Images must lie in [0, 1], got [{low:.3g}, {high:.3g}]; the metric applies mean and std itself."
+                )
+
+
+def preprocess(img_size: int | tuple[int, int]) -> Callable[[Image.Image], Tensor]:
+    """Return DreamSim's preprocessing: a PIL image is made RGB and squashed (bicubic) to (1, 3, H, W) in [0, 1]."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return partial(_preprocess, size=(width, height))
+
+
+def _preprocess(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+
+
+def load(
+    name_or_path: str | Path, *, device: str | torch.device = "cpu"
+) -> tuple[Metric, Callable[[Image.Image], Tensor]]:
+    """Return (metric, preprocess), frozen and in eval mode: `metric(preprocess(a), preprocess(b))`.
+
+    name_or_path: a mixer's name for the demo backbone with that mixer, or a folder that `save` wrote.
+    Raises ValueError for an unknown name or a folder whose content does not fit, FileNotFoundError for missing files.
+    """
+    folder = Path(name_or_path)
+    if str(name_or_path) in attention.MIXERS:
+        metric = Metric(backbone.create("demo", mixer=str(name_or_path)))
+    elif folder.is_dir():
+        metric = _load_folder(folder)
+    elif folder.name == str(name_or_path):
+        attention.get(folder.name)  # neither a mixer nor a folder: raises and names the near mixers
+    else:
+        raise FileNotFoundError(f"There is no folder {folder} with a saved metric.")
+    size = tuple(metric.backbone.patch_embed.img_size)
+    return metric.eval().requires_grad_(False).to(device), preprocess(size)
+
+
+def save(metric: Metric, folder: str | Path) -> Path:
+    """Write model.safetensors and metric.json, enough to rebuild the metric anywhere. Merge LoRA first."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone.save_weights(metric.backbone, folder / "model.safetensors")
+    description = {
+        "recipe": metric.backbone.recipe,
+        "feature": metric.feature,
+        "normalize": metric.normalize,
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+    }
+    (folder / "metric.json").write_text(json.dumps(description, indent=1) + "\n")
+    return folder
+
+
+def _load_folder(folder: Path) -> Metric:
+    for needed in ("metric.json", "model.safetensors"):
+        if not (folder / needed).is_file():
+            raise FileNotFoundError(f"{folder} has no {needed}; thesis_lib.perceptual.save writes both it needs.")
+    try:
+        description = json.loads((folder / "metric.json").read_text())
+        recipe = description["recipe"]
+        arguments = {k: recipe[k] for k in ("name", "mixer", "layers", "img_size")} | recipe["mixer_options"]
+        options = {k: description[k] for k in ("feature", "normalize")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'metric.json'} is corrupt: {error!r}.") from error
+    model = backbone.create(**arguments, pretrained=False)
+    return Metric(backbone.load_weights(model, folder / "model.safetensors"), **options)
+
+
+def embed_pixels(
+    metric: Metric,
+    pixels: Any,
+    *,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    progress: bool = True,
+) -> Tensor:
+    """Embed images in batches: float32 (n, D) on the CPU, in the order of `indices` (all when None).
+
+    pixels: has a length, and pixels[indices] is uint8 (b, 3, H, W). dtype: float32, or bfloat16, float16 by autocast.
+    The metric moves to the device and is in eval mode meanwhile; the result does not depend on batch_size.
+    Raises ValueError for no images, images of another size, a wrong dtype or batch size.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    device, was_training = torch.device(device), metric.training
+    order = torch.as_tensor(np.arange(len(pixels)) if indices is None else np.asarray(indices, dtype=np.int64))
+    if len(order) == 0:
+        raise ValueError("There are no images to embed.")
+    metric.to(device).eval()
+    parts = []
+    autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+    try:
+        with torch.inference_mode(), autocast, tqdm(total=len(order), unit="image", disable=not progress) as bar:
+            for batch in order.split(batch_size):
+                images = pixels[batch.numpy()]
+                images = images.pin_memory() if device.type == "cuda" else images
+                x = images.to(device, non_blocking=True).float() / 255
+                if not parts:
+                    metric._check(x)  # bytes cannot leave the range later on, and no later batch waits for the GPU
+                parts.append(metric._embed(x).float())
+                bar.update(len(batch))
+    finally:
+        metric.train(was_training)
+    return torch.cat(parts).cpu()  # outside inference mode, so that a student can be trained on it
+
+
+def _normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return backbone.normalization(model)  # the constructor's argument hides the module's name
+
+
+def _triplets(*columns: ArrayLike) -> list[Tensor]:
+    tensors = [torch.as_tensor(c) for c in columns]
+    if any(t.ndim != 1 or t.shape != tensors[0].shape for t in tensors):
+        raise ValueError(f"Expected vectors over the same triplets, got shapes {[tuple(t.shape) for t in tensors]}.")
+    return tensors
