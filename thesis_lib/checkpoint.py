@@ -1,0 +1,126 @@
+"""Checkpoints of `training.fit`: written so that an interruption never leaves half of one, refused for another run."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+
+class Checkpoint:
+    """One run's folder: weights as safetensors, everything else in `state.pt`, which names the weights it belongs to.
+
+    Weight files are named by their content and `state.pt` is replaced last, in one step: whatever interrupts a save,
+    the folder holds a whole checkpoint. `config` holds the plain values that a run must share to go on from it.
+    """
+
+    def __init__(self, folder: str | Path, config: Mapping) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / "state.pt"
+        self.config = json.loads(json.dumps(config, default=str))  # as the values come back from the file
+
+    def load(self) -> dict | None:
+        """Read the state, its entry `weights` mapping role to named tensors; None where there is no checkpoint.
+
+        RuntimeError: its files cannot be read. ValueError: they belong to a run of another configuration.
+        """
+        if not self.path.exists():
+            return None
+        advice = "pass resume=False to start anew, or name another folder"
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            found, files = _flat(state["config"]), state["files"]
+            state["weights"] = {role: safetensors.torch.load_file(self.folder / name) for role, name in files.items()}
+        except Exception as error:  # pickle, zip, safetensors and file errors share no narrower class
+            raise RuntimeError(f"the checkpoint {self.folder} cannot be read ({error}); {advice}") from error
+        own = _flat(self.config)
+        keys = [key for key in sorted(found.keys() | own.keys()) if found.get(key) != own.get(key)]
+        if keys:
+            shown = "; ".join(f"{key}: {found.get(key)} there, {own.get(key)} here" for key in keys[:8])
+            more = f"; and {len(keys) - 8} more" if len(keys) > 8 else ""
+            raise ValueError(f"the checkpoint {self.folder} is of another run ({shown}{more}); {advice}")
+        return state
+
+    def save(self, state: Mapping, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Store `state` and the weights of each role in place of what was there.
+
+        RuntimeError: they cannot be written (a full disk); the checkpoint that was there before stays valid.
+        """
+        files = {role: f"{digest(tensors.items())[:16]}.safetensors" for role, tensors in weights.items()}
+        buffer = io.BytesIO()
+        torch.save({**state, "config": self.config, "files": files}, buffer)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for role, name in files.items():
+                if not (self.folder / name).exists():
+                    _write(self.folder / name, safetensors.torch.save(dict(weights[role])))
+            _write(self.path, buffer.getvalue())
+        except OSError as error:
+            before = "the one before it is kept" if self.path.exists() else "there is none before it"
+            where = f"the checkpoint of epoch {state['epoch']} to {self.folder}"
+            raise RuntimeError(f"cannot write {where} ({error}); {before}") from error
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in files.values():
+                path.unlink()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copy to the CPU what training can change: parameters that require a gradient, and buffers."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad] + list(model.named_buffers())
+    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in named}
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Write what `weights` copied back into the model."""
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def model_config(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Describe a model for `Checkpoint.config`: shapes of what is trained, digest of what is not, parameter groups."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    config: dict[str, Any] = {
+        "trained": {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad},
+        "frozen": digest((name, p) for name, p in model.named_parameters() if not p.requires_grad),
+    }
+    for i, group in enumerate(optimizer.param_groups):
+        options = {key: group[key] for key in ("weight_decay", "lr_scale") if key in group}
+        config[f"group {i}"] = options | {"parameters": [names[id(p)] for p in group["params"]]}
+    return config
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash names, shapes, types and values of tensors with SHA-256, whatever their order and device."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        value = tensor.detach().cpu().contiguous()
+        sha.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
