@@ -23,7 +23,8 @@ from PIL import Image
 
 from thesis_lib import backbone, perceptual
 from thesis_lib.datasets.pixels import Pixels, cache
-from thesis_lib.distillation import Embeddings, distil, identity, trainable_parameters
+from thesis_lib.distillation import distil, trainable_parameters
+from thesis_lib.embeddings import Embeddings, identity
 
 
 def write_images(folder: Path, count: int, size: int) -> list[Path]:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from thesis_lib import backbone, demo_backbone
-from thesis_lib.datasets import scenes
+from thesis_lib.datasets import rendering, scenes
 from thesis_lib.datasets.scenes import Stream
 from thesis_lib.demo_backbone import CLASSES, FIELDS, PER_TOKEN
 
@@ -92,7 +92,7 @@ def test_pool_is_made_once_and_is_of_the_scenes_it_says(tmp_path):
     pool = demo_backbone.make_pool(tmp_path, 3, 32, workers=1)
     stream = Stream(demo_backbone.POOL_KEY, 2)
     scene, view = scenes.draw_scene(stream), stream.below(2**31)
-    assert np.array_equal(pool["images"][2], scenes.render(scene, view, 32))
+    assert np.array_equal(pool["images"][2], rendering.render(scene, view, 32))
     assert np.array_equal(pool["things"][2], demo_backbone.describe(scene, view))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     demo_backbone.make_pool(tmp_path, 3, 32, workers=1)

@@ -16,13 +16,12 @@ from timm.models.vision_transformer import VisionTransformer
 from thesis_lib import backbone, distillation, perceptual
 from thesis_lib.datasets.nights import NIGHTS
 from thesis_lib.datasets.pixels import cache
-from thesis_lib.distillation import (
+from thesis_lib.distillation import distil, trainable_parameters
+from thesis_lib.embeddings import (
     Embeddings,
-    distil,
     identity,
     image_table,
     read_embeddings,
-    trainable_parameters,
     training_rows,
     write_embeddings,
 )

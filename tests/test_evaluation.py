@@ -57,7 +57,9 @@ def test_evaluate_follows_index_and_leaves_skipped_images_out():
 
 
 def test_rows_report_test_whole_and_by_origin_with_n_and_interval():
-    table = pd.DataFrame({"split": ["val"] * 2 + ["test"] * 4, "is_imagenet": [True] * 4 + [False] * 2, "score": [1, 0, 1, 1, 0, 1.0]})
+    table = pd.DataFrame(
+        {"split": ["val"] * 2 + ["test"] * 4, "is_imagenet": [True] * 4 + [False] * 2, "score": [1, 0, 1, 1, 0, 1.0]}
+    )
     rows = {row["split"]: row for row in evaluation.accuracy_rows(table, mixer="pool")}
     assert {split: (row["value"], row["n"]) for split, row in rows.items()} == {
         "val": (0.5, 2),

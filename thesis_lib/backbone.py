@@ -1,27 +1,24 @@
 """A timm Vision Transformer with any mixer in any of its blocks, and the weights it starts from."""
 
-import argparse
 import difflib
 import json
-import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-from thesis_lib import attention, paths
+from thesis_lib import attention, paths, weights
 
 DEMO = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
 DEMO_FILE = "demo_backbone.safetensors"
-LAYOUT = ("img_size", "mixer", "layers", "mixer_options")  # what a weight file must share with its model
 
 
 def create(
@@ -54,7 +51,7 @@ def create(
                 f"The weights of the demo backbone are missing: {path}. They are committed with the repository; "
                 "`python -m thesis_lib.demo_backbone` trains them again; pretrained=False starts from random weights."
             )
-    state, origin = ({}, None) if path is None else _read_weights(path)
+    state, origin = ({}, None) if path is None else weights.read(path)
     model = _architecture(name, hub=pretrained is True and path is None)
     if origin:
         _resize(model, origin["img_size"])
@@ -62,10 +59,10 @@ def create(
         if adapter is not None:
             raise ValueError(f"{path} holds {origin['mixer']!r} mixers; a DreamSim adapter merges into attention only.")
         _resize(model, img_size)
-        _load(swap(model, mixer, layers, **mixer_options), state, origin, path)
+        weights.load(swap(model, mixer, layers, **mixer_options), state, origin, path)
         return model.eval()
     if path is not None:
-        _load(model, state, origin, path)
+        weights.load(model, state, origin, path)
     if adapter is not None:
         merge_dreamsim_adapter(model, adapter)
     _resize(model, img_size)
@@ -109,8 +106,8 @@ def load_weights(model: VisionTransformer, path: str | Path) -> VisionTransforme
     with "state_dict" or "model"; `module.` and `backbone.` prefixes and, for a headless model, `head.*` are dropped.
     Raises FileNotFoundError, or ValueError that names the differing keys and shapes, before anything is changed.
     """
-    state, origin = _read_weights(Path(path))
-    return _load(model, state, origin, path)
+    state, origin = weights.read(Path(path))
+    return weights.load(model, state, origin, path)
 
 
 def save_weights(model: VisionTransformer, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -158,18 +155,18 @@ def merge_dreamsim_adapter(model: VisionTransformer, folder: str | Path) -> Visi
         found[where] = tensor
     missing = [f"blocks.{i}.attn.qkv.lora_{m}" for i in range(len(model.blocks)) for m in "AB" if (i, m) not in found]
     if missing or foreign:
-        raise ValueError(f"{folder} does not fit this model: {_differences(missing, foreign, [])}")
+        raise ValueError(f"{folder} does not fit this model: {weights.differences(missing, foreign, [])}")
 
-    weights = [block.attn.qkv.weight for block in model.blocks]
-    for i, weight in enumerate(weights):
+    projections = [block.attn.qkv.weight for block in model.blocks]
+    for i, weight in enumerate(projections):
         shapes = tuple(found[i, "A"].shape), tuple(found[i, "B"].shape)
         expected = (rank, weight.shape[1]), (weight.shape[0], rank)
         if shapes != expected:
             raise ValueError(f"{folder}: lora_A, lora_B of block {i} have shapes {shapes}, expected {expected}.")
-    if not all(found[i, "B"].any() for i in range(len(weights))):
+    if not all(found[i, "B"].any() for i in range(len(projections))):
         raise ValueError(f"{folder}: a lora_B is all zero, so the adapter was never trained or was read wrongly.")
     with torch.no_grad():
-        for i, weight in enumerate(weights):
+        for i, weight in enumerate(projections):
             weight += (scale * (found[i, "B"].float() @ found[i, "A"].float())).to(weight)
     return model
 
@@ -270,61 +267,3 @@ def _layers(model: VisionTransformer, layers: Iterable[int] | None) -> list[int]
 
 def _is_mha(module: nn.Module | None) -> bool:
     return type(module) in (Attention, attention.get("mha"))  # not isinstance: a mixer may inherit from either
-
-
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict | None]:
-    """Return the state dictionary and, from our own files, the recipe it was saved with."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no weight file {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                recipe = json.loads((file.metadata() or {}).get("recipe", "null"))
-                content = {k: file.get_tensor(k) for k in file.keys()}
-            origin = recipe and {k: recipe[k] for k in LAYOUT}
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # full DINO checkpoints carry their arguments
-                content, origin = torch.load(path, map_location="cpu", weights_only=True), None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is corrupt or not a weight file: {error}") from error
-    for wrapper in ("teacher", "student", "state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no state dictionary of tensors.")
-    return {re.sub(r"^(module\.)?(backbone\.)?", "", k): v for k, v in content.items()}, origin
-
-
-def _load(
-    model: VisionTransformer, state: dict[str, Tensor], origin: dict | None, path: str | Path
-) -> VisionTransformer:
-    own = model.state_dict()
-    if not any(k.startswith("head.") for k in own):
-        state = {k: v for k, v in state.items() if not k.startswith("head.")}
-    recipe = getattr(model, "recipe", None)
-    if origin and recipe:
-        keys = LAYOUT[:1] if origin["mixer"] == recipe["mixer"] == "mha" else LAYOUT  # MHA's options change no weight
-        different = [f"{k} {origin[k]!r} (model: {recipe[k]!r})" for k in keys if origin[k] != recipe[k]]
-        if different:
-            raise ValueError(f"{path} holds weights of another model: {', '.join(different)}.")
-    missing, foreign = [k for k in own if k not in state], [k for k in state if k not in own]
-    shapes = [
-        f"{k} {tuple(state[k].shape)} (model: {tuple(own[k].shape)})"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if missing or foreign or shapes:
-        what = _differences(missing, foreign, shapes)
-        raise ValueError(f"{path} holds weights of another size, depth or mixer: {what}")
-    model.load_state_dict(state)
-    return model
-
-
-def _differences(missing: list[str], foreign: list[str], shapes: list[str], first: int = 3) -> str:
-    parts = [
-        f"{len(keys)} {what} ({', '.join(keys[:first])}{', ...' if len(keys) > first else ''})"
-        for what, keys in (("missing", missing), ("unexpected", foreign), ("of another shape", shapes))
-        if keys
-    ]
-    return "; ".join(parts) + "."

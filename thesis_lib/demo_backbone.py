@@ -20,12 +20,18 @@ from tqdm.auto import tqdm
 
 from thesis_lib import backbone as backbones
 from thesis_lib import paths, perceptual
-from thesis_lib.datasets import scenes, synthetic
+from thesis_lib.datasets import rendering, scenes, synthetic
 from thesis_lib.datasets.scenes import Stream
 from thesis_lib.training import Batches, fit
 
 POOL_KEY = 11  # the seed's first word: keeps these scenes apart from every data set's
-CLASSES = {"kind": len(scenes.KINDS) + 1, "limbs": scenes.LIMBS, "hue": scenes.HUES, "texture": len(scenes.TEXTURES), "large": 2}
+CLASSES = {
+    "kind": len(scenes.KINDS) + 1,
+    "limbs": scenes.LIMBS,
+    "hue": scenes.HUES,
+    "texture": len(scenes.TEXTURES),
+    "large": 2,
+}
 WEIGHTS = {"kind": 1.0, "limbs": 0.5, "hue": 0.5, "texture": 0.5, "large": 0.3}
 PER_TOKEN = sum(CLASSES.values()) + 2  # and the heading's cosine and sine
 FIELDS = ("x", "y", "radius", "cell_x", "cell_y", "cos", "sin", "kind", "limbs", "hue", "texture", "large")
@@ -34,17 +40,19 @@ FIELDS = ("x", "y", "radius", "cell_x", "cell_y", "cos", "sin", "kind", "limbs",
 def describe(scene: scenes.Scene, view: int) -> np.ndarray:
     """Return the factors of each thing of a view as numbers: (things, len(FIELDS)) float32."""
     rows = []
-    for thing, at in zip(scene.things, scenes.place(scene, view), strict=True):
+    for thing, at in zip(scene.things, rendering.place(scene, view), strict=True):
         angle = np.deg2rad(thing.heading)
         factors = thing.kind, thing.limbs, thing.hue, thing.texture, thing.large
-        rows.append((at.x, at.y, at.radius, thing.cell % 3 - 1, thing.cell // 3 - 1, np.cos(angle), np.sin(angle), *factors))
+        rows.append(
+            (at.x, at.y, at.radius, thing.cell % 3 - 1, thing.cell // 3 - 1, np.cos(angle), np.sin(angle), *factors)
+        )
     return np.array(rows, np.float32)
 
 
 def _pool_item(index: int, size: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     stream = Stream(POOL_KEY, index)
     scene, view = scenes.draw_scene(stream), stream.below(2**31)
-    return scenes.render(scene, view, size), describe(scene, view), (scene.gaze, scene.pairing)
+    return rendering.render(scene, view, size), describe(scene, view), (scene.gaze, scene.pairing)
 
 
 def _pool_chunk(arguments: tuple[range, int]) -> tuple[np.ndarray, ...]:
@@ -60,9 +68,14 @@ def make_pool(folder: Path, count: int, size: int, *, workers: int | None = None
         chunks = [(range(i, min(i + 500, count)), size) for i in range(0, count, 500)]
         shapes = ((count, size, size, 3), np.uint8), ((count, 3, len(FIELDS)), np.float32), ((count, 2), np.int64)
         parts = {name: file.with_suffix(".part") for name, file in files.items()}
-        arrays = [np.lib.format.open_memmap(parts[n], "w+", dtype, shape) for n, (shape, dtype) in zip(names, shapes, strict=True)]
+        arrays = [
+            np.lib.format.open_memmap(parts[n], "w+", dtype, shape)
+            for n, (shape, dtype) in zip(names, shapes, strict=True)
+        ]
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for (rows, _), chunk in zip(chunks, tqdm(pool.map(_pool_chunk, chunks), total=len(chunks), desc="pool"), strict=True):
+            for (rows, _), chunk in zip(
+                chunks, tqdm(pool.map(_pool_chunk, chunks), total=len(chunks), desc="pool"), strict=True
+            ):
                 for array, values in zip(arrays, chunk, strict=True):
                     array[rows.start : rows.stop] = values
         for array in arrays:
@@ -72,7 +85,9 @@ def make_pool(folder: Path, count: int, size: int, *, workers: int | None = None
     return {name: np.load(file, mmap_mode="r") for name, file in files.items()}
 
 
-def turn(images: torch.Tensor, things: torch.Tensor, quarter_turns: int, mirrored: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def turn(
+    images: torch.Tensor, things: torch.Tensor, quarter_turns: int, mirrored: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply one of the square's eight symmetries to pictures (B, 3, S, S) and to their things (B, T, FIELDS)."""
     images, things = images.rot90(quarter_turns, (2, 3)), things.clone()
     for first in (0, 3, 5):  # the (x, y) pairs of FIELDS: where it lies, its cell, where it heads
@@ -116,7 +131,7 @@ def _naming_loss(logits: torch.Tensor, things: torch.Tensor, owner: torch.Tensor
 
 
 def naming_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Return the loss of naming cells, patches and relations; batch = images (B, 3, S, S) in [0, 1], things, relations."""
+    """Return the loss of naming cells, patches, relations; batch: images (B, 3, S, S) in [0, 1], things, relations."""
     images, things, relations = batch
     cells, patches, scene = model(images)
     side = round(patches.shape[1] ** 0.5)
@@ -142,7 +157,7 @@ class Calibration:
         triplets = [synthetic.draw_triplet(seed, 1, i) for i in range(count)]
         triplets = [triplet for triplet in triplets if triplet.votes >= 6]
         pictured = [pair for t in triplets for pair in zip((t.reference, t.left, t.right), t.views, strict=True)]
-        pixels = np.stack([scenes.render(scene, view, size) for scene, view in pictured])
+        pixels = np.stack([rendering.render(scene, view, size) for scene, view in pictured])
         self.pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         self.index = np.arange(len(pictured)).reshape(-1, 3)
         self.right_vote = torch.tensor([triplet.right_vote for triplet in triplets])
@@ -155,7 +170,7 @@ class Calibration:
 def train(
     *, count: int, epochs: int, batch_size: int, lr: float, seed: int, cache: Path, triplets: int = 450
 ) -> tuple[nn.Module, list[dict]]:
-    """Train from random weights for `epochs` passes over `count` pictures; return the backbone and a log row an epoch."""
+    """Train from random weights, `epochs` passes over `count` pictures; return the backbone and a log row an epoch."""
     torch.manual_seed(seed)
     model = Naming(backbones.create("demo", pretrained=False))
     size = model.backbone.recipe["img_size"]
@@ -208,7 +223,8 @@ def main() -> None:
     backbone, rows = train(**options, cache=paths.CACHE / "demo_backbone")
     output.parent.mkdir(parents=True, exist_ok=True)
     backbones.save_weights(backbone, output)
-    print(f"{output}: 2AFC {rows[-1]['2afc']:.3f} on the calibration triplets after {options['count'] * options['epochs']:,} pictures")
+    seen = options["count"] * options["epochs"]
+    print(f"{output}: 2AFC {rows[-1]['2afc']:.3f} on the calibration triplets after {seen:,} pictures")
 
 
 if __name__ == "__main__":

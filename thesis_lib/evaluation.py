@@ -14,7 +14,7 @@ from thesis_lib.statistics import bootstrap_mean
 
 
 def triplet_table(dataset: Any, distances: tuple[Tensor, Tensor], rows: np.ndarray) -> pd.DataFrame:
-    """Put the distances of a data set's triplets `rows` (m,) beside their votes: one line a triplet, `score` is 2AFC."""
+    """Put the distances of a data set's triplets `rows` (m,) beside their votes: one line each, `score` is 2AFC."""
     d_left, d_right = (np.asarray(d, float) for d in distances)
     votes = dataset.right_vote[rows]
     return pd.DataFrame(
@@ -88,7 +88,7 @@ def _histogram_distance(a: Tensor, b: Tensor) -> Tensor:
     return (_histograms(a) - _histograms(b)).abs().sum(1)
 
 
-# Distances that look at pixels alone, (B, 3, H, W) twice -> (B,): DreamSim's PSNR and SSIM baselines, and colour histograms.
+# Distances that look at pixels alone, (B, 3, H, W) twice -> (B,): DreamSim's PSNR and SSIM, and colour histograms.
 PIXEL_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "PSNR": _minus_psnr,
     "SSIM": _minus_ssim,

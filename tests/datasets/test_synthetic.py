@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from thesis_lib.datasets import scenes, synthetic
+from thesis_lib.datasets import rendering, scenes, synthetic
 from thesis_lib.datasets.imagenet100 import ImageNet100
 from thesis_lib.datasets.nights import NIGHTS
 from thesis_lib.datasets.scenes import Stream
@@ -20,22 +20,24 @@ def nights_root(tmp_path_factory):
 
 def test_rendering_is_the_same_bytes_everywhere():
     """The digest was taken once; it changes only with scenes.VERSION."""
-    pictures = [scenes.render(scenes.draw_scene(Stream(1, i)), i, 64).tobytes() for i in range(8)]
+    pictures = [rendering.render(scenes.draw_scene(Stream(1, i)), i, 64).tobytes() for i in range(8)]
     assert (scenes.VERSION, hashlib.sha256(b"".join(pictures)).hexdigest()[:16]) == (1, "399b19f63bca75a8")
 
 
 def test_views_change_the_picture_but_not_the_judgement():
     scene = scenes.draw_scene(Stream(2, 0))
-    first, second = (scenes.render(scene, view, 64).astype(float) for view in (0, 1))
+    first, second = (rendering.render(scene, view, 64).astype(float) for view in (0, 1))
     assert np.abs(first - second).mean() > 10
     assert scenes.dissimilarity(scene, scene) == 0
 
 
-@pytest.mark.parametrize("name, value", [("kind", 1), ("limbs", 3), ("hue", 3), ("texture", 2), ("large", True), ("heading", 180)])
+@pytest.mark.parametrize(
+    "name, value", [("kind", 1), ("limbs", 3), ("hue", 3), ("texture", 2), ("large", True), ("heading", 180)]
+)
 def test_each_factor_shows_in_the_picture_and_weighs_in_the_judgement(name, value):
     blank = scenes.Thing(kind=0, cell=4, heading=0, limbs=0, hue=0, texture=0, large=False)
     scene, edited = (scenes.Scene((thing,), gaze=0) for thing in (blank, scenes.replace(blank, **{name: value})))
-    apart = np.abs(scenes.render(scene, 0, 64).astype(int) - scenes.render(edited, 0, 64)).max(-1)
+    apart = np.abs(rendering.render(scene, 0, 64).astype(int) - rendering.render(edited, 0, 64)).max(-1)
     assert (apart > 30).sum() > 20  # pixels that tell, at the size the demo backbone sees
     assert scenes.dissimilarity(scene, edited) == pytest.approx(scenes.THING_WEIGHTS[name])
 
@@ -57,10 +59,12 @@ def test_inward_things_look_at_each_other():
     for i in range(40):
         scene = scenes.draw_scene(Stream(6, i))
         if scenes.GAZES[scene.gaze] == "inward":
-            centres = np.array([scenes._centre(thing.cell) for thing in scene.things])
+            centres = np.array([scenes.centre(thing.cell) for thing in scene.things])
             towards = centres.mean(0) - centres
             angles = np.deg2rad([thing.heading for thing in scene.things])
-            assert ((np.cos(angles) * towards[:, 0] + np.sin(angles) * towards[:, 1]) >= 0.99 * np.hypot(*towards.T) - 1e-9).all()
+            assert (
+                (np.cos(angles) * towards[:, 0] + np.sin(angles) * towards[:, 1]) >= 0.99 * np.hypot(*towards.T) - 1e-9
+            ).all()
 
 
 def test_votes_follow_the_dissimilarity_and_are_balanced():
@@ -80,7 +84,10 @@ def test_splits_and_seeds_share_no_triplet():
 
 def test_nights_tree_is_read_by_the_real_loader(nights_root):
     table = pd.read_csv(nights_root / "data.csv")
-    assert list(table.columns[:9]) == "id left_vote right_vote votes ref_path left_path right_path split is_imagenet".split()
+    assert (
+        list(table.columns[:9])
+        == "id left_vote right_vote votes ref_path left_path right_path split is_imagenet".split()
+    )
     row = table.iloc[5]
     assert row.ref_path == "ref/000/005.png" and row.right_path == "distort/000/005_1.png"
     test = NIGHTS(nights_root, "test", min_votes=0)
@@ -89,7 +96,7 @@ def test_nights_tree_is_read_by_the_real_loader(nights_root):
     assert first[0].size == (synthetic.SIZE, synthetic.SIZE)
     triplet = synthetic.draw_triplet(3, 2, 0)
     assert first[3] == triplet.right_vote
-    assert np.array_equal(np.asarray(first[0]), scenes.render(triplet.reference, triplet.views[0], synthetic.SIZE))
+    assert np.array_equal(np.asarray(first[0]), rendering.render(triplet.reference, triplet.views[0], synthetic.SIZE))
 
 
 def test_tree_is_written_once_and_never_over_another(nights_root, tmp_path):
@@ -113,10 +120,10 @@ def test_imagenet100_shards_are_read_by_the_real_loader(tmp_path):
 def test_things_stay_where_place_says():
     """Paint a scene twice, with and without a thing: the pixels that change lie around its placement."""
     scene = scenes.draw_scene(Stream(9, 1))
-    whole = scenes.render(scene, 7, 128).astype(int)
+    whole = rendering.render(scene, 7, 128).astype(int)
     fewer = scenes.Scene(scene.things[:2], scene.gaze)
-    changed = np.argwhere(np.abs(whole - scenes.render(fewer, 7, 128)).sum(-1) > 60)
-    at = scenes.place(scene, 7)[2]
+    changed = np.argwhere(np.abs(whole - rendering.render(fewer, 7, 128)).sum(-1) > 60)
+    at = rendering.place(scene, 7)[2]
     middle = (changed.mean(0)[::-1] + 0.5) / 64 - 1
     assert np.hypot(*(middle - (at.x, at.y))) < at.radius
 

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
 
-from . import scenes
-from .scenes import Scene, Stream
+from thesis_lib.datasets import rendering, scenes
+from thesis_lib.datasets.scenes import Scene, Stream
 
 NIGHTS_SPLITS = ("train", "val", "test")
 TEMPERATURE = 0.2  # of a voter: how small a difference in dissimilarity is a coin's toss
@@ -74,7 +74,7 @@ def draw_triplet(seed: int, split: int, index: int) -> Triplet:
 def _encode(scene: Scene, view: int, size: int, image_format: str) -> bytes:
     buffer = io.BytesIO()
     options = {"compress_level": 1} if image_format == "PNG" else {"quality": 95}
-    Image.fromarray(scenes.render(scene, view, size)).save(buffer, image_format, **options)
+    Image.fromarray(rendering.render(scene, view, size)).save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
@@ -93,7 +93,9 @@ def _once(root: Path, recipe: Mapping, write: Callable[[Path], None]) -> Path:
     if root.exists():
         if (root / stamp).is_file() and json.loads((root / stamp).read_text()) == recipe:
             return root
-        raise FileExistsError(f"{root} exists and was not made by this recipe: remove it, or choose another dataset_root")
+        raise FileExistsError(
+            f"{root} exists and was not made by this recipe: remove it, or choose another dataset_root"
+        )
     part = root.with_name(root.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -107,7 +109,11 @@ def _write_triplet(row: tuple[int, int, int], folder: Path, seed: int, size: int
     identifier, split, index = row
     triplet = draw_triplet(seed, split, index)
     high, low = divmod(identifier, 1000)
-    names = f"ref/{high:03d}/{low:03d}.png", f"distort/{high:03d}/{low:03d}_0.png", f"distort/{high:03d}/{low:03d}_1.png"
+    names = (
+        f"ref/{high:03d}/{low:03d}.png",
+        f"distort/{high:03d}/{low:03d}_0.png",
+        f"distort/{high:03d}/{low:03d}_1.png",
+    )
     pictured = zip((triplet.reference, triplet.left, triplet.right), triplet.views, names, strict=True)
     for scene, view, name in pictured:
         (folder / name).write_bytes(_encode(scene, view, size, "PNG"))
@@ -125,7 +131,9 @@ def _write_triplet(row: tuple[int, int, int], folder: Path, seed: int, size: int
     }
 
 
-def write_nights(root: Path, counts: Mapping[str, int], *, seed: int = 0, size: int = SIZE, workers: int | None = None) -> Path:
+def write_nights(
+    root: Path, counts: Mapping[str, int], *, seed: int = 0, size: int = SIZE, workers: int | None = None
+) -> Path:
     """Write triplets and votes in the layout of NIGHTS: data.csv, ref/XXX/YYY.png, distort/XXX/YYY_{0,1}.png.
 
     `counts` gives the rows of each split, before any filter on votes.
@@ -166,18 +174,28 @@ def class_name(label: int) -> str:
 
 
 def write_imagenet100(
-    root: Path, counts: Mapping[str, int], *, seed: int = 0, size: int = SIZE, shard_rows: int = 1000, workers: int | None = None
+    root: Path,
+    counts: Mapping[str, int],
+    *,
+    seed: int = 0,
+    size: int = SIZE,
+    shard_rows: int = 1000,
+    workers: int | None = None,
 ) -> Path:
-    """Write pictures of single things as the parquet shards of ImageNet-100: data/{split}-*.parquet, label2text.json."""
+    """Write pictures of single things as ImageNet-100 is published: data/{split}-*.parquet, label2text.json."""
 
     def write(folder: Path) -> None:
         (folder / "data").mkdir()
         names = {str(label): class_name(label) for label in range(len(OBJECT_CLASSES))}
         (folder / "label2text.json").write_text(json.dumps(names, indent=1) + "\n")
-        schema = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64(), "text": pa.string()})
+        schema = pa.schema(
+            {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64(), "text": pa.string()}
+        )
         for split, (name, count) in enumerate(counts.items()):
             items = [(split, index) for index in range(count)]
-            rows = _in_parallel(partial(_draw_object, seed=seed, size=size), items, total=count, workers=workers, label=name)
+            rows = _in_parallel(
+                partial(_draw_object, seed=seed, size=size), items, total=count, workers=workers, label=name
+            )
             shards = np.array_split(np.arange(count), -(-count // shard_rows))
             for i, shard in enumerate(shards):
                 table = pa.Table.from_pylist([rows[j] for j in shard], schema)
