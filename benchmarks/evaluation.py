@@ -104,8 +104,10 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
     model = backbone.create(options.backbone, pretrained=weights)
     metric = perceptual.Metric(model).eval()
     size, n = model.patch_embed.img_size[0], len(dataset.paths)
-    print(f"{len(dataset)} triplets, {n} images of {options.native} px, {options.backbone} at {size} px, "
-          f"{torch.get_num_threads()} threads, ours in {options.dtype}")
+    print(
+        f"{len(dataset)} triplets, {n} images of {options.native} px, {options.backbone} at {size} px, "
+        f"{torch.get_num_threads()} threads, ours in {options.dtype}"
+    )
 
     settings = {"batch_size": options.batch_size, "dtype": options.dtype, "progress": False}
 
@@ -118,27 +120,38 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
     distances = ours(cached)
     found = pixels.cache(dataset.paths, size, folder=cached, progress=False)
     normalised = (found[range(n)].float() / 255 - metric.mean) / metric.std
-    seconds = interleaved(options.rounds, ours=lambda: ours(cached),
-                          bare=lambda: bare(model, normalised, options.batch_size, options.dtype))
+    seconds = interleaved(
+        options.rounds,
+        ours=lambda: ours(cached),
+        bare=lambda: bare(model, normalised, options.batch_size, options.dtype),
+    )
     print(f"bare model on ready tensors   {n / seconds['bare']:8.1f} image/s")
-    print(f"evaluation from the cache     {n / seconds['ours']:8.1f} image/s   "
-          f"{seconds['bare'] / seconds['ours']:.2f} of the bare model (aim 0.9)")
+    print(
+        f"evaluation from the cache     {n / seconds['ours']:8.1f} image/s   "
+        f"{seconds['bare'] / seconds['ours']:.2f} of the bare model (aim 0.9)"
+    )
     if peer is None:
         print("the `dreamsim` package is not installed: pip install dreamsim for the comparison")
         return
     worst = max((a - b).abs().max().item() for a, b in zip(distances, peer_distances(peer, dataset, size), strict=True))
     assert worst < (1e-4 if options.dtype == "float32" else 3e-2), f"the distances differ by {worst}"
-    seconds = interleaved(options.rounds, peer=lambda: peer_distances(peer, dataset, size),
-                          first=lambda: ours(next(fresh)), second=lambda: ours(cached),
-                          peer_data=lambda: [load_plainly([dataset.paths[i]], size) for i in dataset.index.ravel()],
-                          our_data=lambda: pixels.cache(dataset.paths, size, folder=cached, progress=False)[range(n)])
+    seconds = interleaved(
+        options.rounds,
+        peer=lambda: peer_distances(peer, dataset, size),
+        first=lambda: ours(next(fresh)),
+        second=lambda: ours(cached),
+        peer_data=lambda: [load_plainly([dataset.paths[i]], size) for i in dataset.index.ravel()],
+        our_data=lambda: pixels.cache(dataset.paths, size, folder=cached, progress=False)[range(n)],
+    )
     rate = {name: len(dataset) / time for name, time in seconds.items()}
     print(f"dreamsim's class, plain PIL   {rate['peer']:8.2f} triplet/s (its distances and ours agree to {worst:.0e})")
     print(f"ours, first mixer             {rate['first']:8.2f} triplet/s {rate['first'] / rate['peer']:6.2f}x (aim 2)")
     print(f"ours, from the second on      {rate['second']:8.2f} triplet/s {rate['second'] / rate['peer']:6.2f}x")
     print(f"their data side               {rate['peer_data']:8.2f} triplet/s")
-    print(f"ours, from the second on      {rate['our_data']:8.2f} triplet/s "
-          f"{rate['our_data'] / rate['peer_data']:6.1f}x (aim 5)")
+    print(
+        f"ours, from the second on      {rate['our_data']:8.2f} triplet/s "
+        f"{rate['our_data'] / rate['peer_data']:6.1f}x (aim 5)"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from thesis_lib import backbone as backbones
-from thesis_lib import paths, perceptual
+from thesis_lib import paths, perceptual, results
 from thesis_lib.datasets import rendering, scenes, synthetic
 from thesis_lib.datasets.scenes import Stream
 from thesis_lib.training import Batches, fit
@@ -201,13 +201,41 @@ def train(
         warmup_epochs=0.3,
         grad_clip=1.0,
         parameters=[{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        evaluate=lambda trained, epoch: {"2afc": calibration.two_afc(trained.backbone)},
+        evaluate=lambda trained, epoch: {
+            "2afc": calibration.two_afc(trained.backbone),
+            "triplets": len(calibration.index),
+        },
         select=None,
         checkpoint=cache / "checkpoint",
         config={"count": count, "batch_size": batch_size, "world": scenes.VERSION},
         seed=seed,
     )
     return model.backbone, rows
+
+
+def record(rows: list[dict], *, seed: int, batch_size: int, count: int) -> Path:
+    """Write the log of a training as rows below data/measured."""
+    kept = {
+        "loss": ("1", "train", count),
+        "2afc": ("1", "calibration", None),
+        "images_per_s": ("image/s", "train", count),
+    }
+    protocol = {"dataset": "synthetic world", "backbone": "demo", "mixer": "mha", "stage": "pretraining"}
+    protocol |= {"image_size": 64, "dtype": "float32", "device": "cpu", "batch": batch_size, "seed": seed}
+    long = [
+        {
+            "metric": name,
+            "value": row[name],
+            "unit": unit,
+            "split": split,
+            "n": n or row["triplets"],
+            "epoch": row["epoch"],
+        }
+        | protocol
+        for row in rows
+        for name, (unit, split, n) in kept.items()
+    ]
+    return results.write(long, "demo_backbone", profile="demo", folder=paths.MEASURED)
 
 
 def main() -> None:
@@ -222,7 +250,8 @@ def main() -> None:
     output = options.pop("output")
     backbone, rows = train(**options, cache=paths.CACHE / "demo_backbone")
     output.parent.mkdir(parents=True, exist_ok=True)
-    backbones.save_weights(backbone, output)
+    backbones.save_weights(backbone, output, torch.float16)
+    record(rows, seed=options["seed"], batch_size=options["batch_size"], count=options["count"])
     seen = options["count"] * options["epochs"]
     print(f"{output}: 2AFC {rows[-1]['2afc']:.3f} on the calibration triplets after {seen:,} pictures")
 

@@ -48,8 +48,8 @@ LIBRARIES = ("torch", "torchvision", "timm", "peft", "accelerate", "numpy", "pan
 KEY = b"thesis_lib"  # of the provenance in the parquet schema's metadata
 
 
-def write(rows: Iterable[Mapping] | pd.DataFrame, name: str, *, profile: str) -> Path:
-    """Write long-form rows as RESULTS/<profile>/<name>.parquet and return the path.
+def write(rows: Iterable[Mapping] | pd.DataFrame, name: str, *, profile: str, folder: Path | None = None) -> Path:
+    """Write long-form rows as RESULTS/<profile>/<name>.parquet (or in `folder`) and return the path.
 
     Protocol columns (COLUMNS) that the rows lack are null; other columns are kept. Raises ValueError if there is no
     row, a required column is missing or null, or a value is NaN and the row's `note` does not say why.
@@ -79,10 +79,11 @@ def write(rows: Iterable[Mapping] | pd.DataFrame, name: str, *, profile: str) ->
             )
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise ValueError(f"{name!r}: column {column!r} is not all {kind}: {error}") from error
-    return write_table(frame[[*COLUMNS, *(c for c in frame if c not in COLUMNS)]], name, profile=profile)
+    columns = [*COLUMNS, *(column for column in frame if column not in COLUMNS)]
+    return write_table(frame[columns], name, profile=profile, folder=folder)
 
 
-def write_table(frame: pd.DataFrame, name: str, *, profile: str) -> Path:
+def write_table(frame: pd.DataFrame, name: str, *, profile: str, folder: Path | None = None) -> Path:
     """Write any table (one row a triplet, say) beside the rows, with the same provenance, and return the path."""
     if re.fullmatch(r"[\w.\-]+", name) is None:
         raise ValueError(f"a result's name has letters, digits, '_', '-' and '.' only, not {name!r}")
@@ -91,7 +92,7 @@ def write_table(frame: pd.DataFrame, name: str, *, profile: str) -> Path:
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{name!r}: a column mixes types: {error}") from error
     table = table.replace_schema_metadata({KEY: json.dumps(_provenance())})
-    folder = Path(_run()["staging"]) if "staging" in _run() else paths.RESULTS / profile
+    folder = folder or (Path(_run()["staging"]) if "staging" in _run() else paths.RESULTS / profile)
     folder.mkdir(parents=True, exist_ok=True)
     path, temporary = folder / f"{name}.parquet", folder / f".{name}.{os.getpid()}.tmp"
     try:

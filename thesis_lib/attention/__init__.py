@@ -17,7 +17,9 @@ def _registry() -> dict[str, type[Mixer]]:
         member.name: member
         for module in modules
         for member in vars(module).values()
-        if isinstance(member, type) and issubclass(member, Mixer) and member.__module__ == module.__name__
+        if isinstance(member, type)
+        and issubclass(member, Mixer)
+        and member.__module__ == module.__name__
         and "name" in vars(member)
     }
     return dict(sorted(mixers.items(), key=lambda item: (KINDS.index(item[1].kind), item[0])))

@@ -107,12 +107,18 @@ class SOFT(Mixer):
         inverse = options["iterations"] * heads * m**2
         entries = heads * (tokens * m + m**2)
         return Cost(
-            macs=3 * tokens * dim**2 + conv * patches * head_dim * dim
-            + 3 * tokens * m * dim + 2 * m**2 * dim + 2 * m * inverse,
+            macs=3 * tokens * dim**2
+            + conv * patches * head_dim * dim
+            + 3 * tokens * m * dim
+            + 2 * m**2 * dim
+            + 2 * m * inverse,
             # scaling, norms, averages; five operations a kernel entry (two additions, clamp, exponential, threshold);
             # start value (row sums and scaling) and steps of the inverse
-            elementwise=3 * (tokens + m) * dim + (ratio > 1 and not conv) * patches * dim
-            + 5 * entries + 2 * heads * m**2 + 2 * inverse,
+            elementwise=3 * (tokens + m) * dim
+            + (ratio > 1 and not conv) * patches * dim
+            + 5 * entries
+            + 2 * heads * m**2
+            + 2 * inverse,
             params=3 * (dim**2 + dim) + conv * ratio**2 * head_dim**2,
         )
 

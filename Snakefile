@@ -1,0 +1,97 @@
+# The DAG: one rule a notebook, each a call of the strict runner. ./run_all.sh runs it, with the options thesis_lib/pipeline.py
+# adds. A notebook that does not exist has no rule; one with `variants` in the profile runs once per variant.
+#
+# What is made again: a run whose notebook, parameters or inputs changed. An edit in thesis_lib makes nothing stale by itself,
+# or one comment would cost a night of distillation. Every result says which revision made it, and
+# `./run_all.sh --forcerun attention_evaluation` (or --forceall) makes it again, with all that is made from it.
+import itertools
+import os
+import shlex
+import sys
+from functools import partial
+
+from thesis_lib import paths, profiles
+
+PROFILE = config.get("profile", "demo")
+CONTENT = profiles.load(PROFILE)
+JOBS = {"threads": 2, "mem_mb": 4000, "runtime": 240} | CONTENT.get("jobs", {})  # what one run may take; runtime in minutes
+NOTEBOOKS = {path.stem: path for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
+RESULTS = paths.RESULTS / Path(PROFILE).stem
+RESULTS = RESULTS.relative_to(paths.ROOT) if RESULTS.is_relative_to(paths.ROOT) else RESULTS
+
+# What a notebook reads of other notebooks' results; the figures read all of them.
+READS = {
+    "02_attention_evaluation": ["01_data_preparation"],
+    "03_efficiency_analysis": [],
+    "04_distillation": ["01_data_preparation", "02_attention_evaluation"],
+    "05_attention_transfer": ["01_data_preparation"],
+    "06_adaptive_tokens": ["01_data_preparation"],
+    "07_image_classification": ["01_data_preparation"],
+    "08_semantic_correspondence": ["01_data_preparation"],
+    "09_thesis_figures": [name for name in NOTEBOOKS if name != "09_thesis_figures"],
+}
+TRIPLETS = ("02_attention_evaluation", "04_distillation")  # these write a table of single triplets beside their rows
+NO_MODEL = ("01_data_preparation", "09_thesis_figures")
+ALONE = "03_efficiency_analysis"  # times things
+
+
+def variants(notebook):
+    """The runs of a notebook: what its name adds to the notebook's, and its parameters on the command line."""
+    axes = CONTENT["variants"].get(notebook, {})
+    return {
+        "".join(f"-{value}" for value in values): [w for name, value in zip(axes, values) for w in ("-p", name, str(value))]
+        for values in itertools.product(*axes.values())
+    }
+
+
+def results(notebook):
+    return [f"{RESULTS}/{notebook}{variant}.parquet" for variant in variants(notebook)] if notebook in NOTEBOOKS else []
+
+
+def reads(notebook, wildcards):
+    found = [path for name in READS.get(notebook, []) for path in results(name)]
+    if notebook == "02_attention_evaluation" and wildcards.variant != "-mha":
+        # MHA, tuned, is the teacher: the other mixers are tried with its adapter.
+        found += [path for path in results(notebook) if path.endswith("-mha.parquet")]
+    return found
+
+
+def arguments(notebook, wildcards):
+    return shlex.join(variants(notebook)[wildcards.variant])
+
+
+wildcard_constraints:
+    variant=r"(-[^/.]+)?",
+
+
+rule all:
+    default_target: True
+    input:
+        [path for notebook in NOTEBOOKS for path in results(notebook)],
+
+
+for notebook, path in NOTEBOOKS.items():
+    names = [notebook + "{variant}"] + [notebook + "{variant}.triplets"] * (notebook in TRIPLETS)
+
+    rule:
+        name:
+            notebook[3:]
+        input:
+            partial(reads, notebook),
+            notebook=os.path.relpath(path, paths.ROOT),
+        output:
+            [f"{RESULTS}/{name}.parquet" for name in names],
+        params:
+            arguments=partial(arguments, notebook),
+            # Not in the command, which reads the profile itself: a run whose section changed is stale.
+            section=repr(CONTENT.get(notebook)),
+            results=" ".join(f"--results {name}" for name in names),
+            gpu="" if notebook in NO_MODEL else "--gpu",
+        threads: workflow.cores or JOBS["threads"] if notebook == ALONE else JOBS["threads"]
+        resources:
+            mem_mb=JOBS["mem_mb"],
+            runtime=JOBS["runtime"],
+            gpu=0 if notebook in NO_MODEL else 1,
+        shell:
+            f"{shlex.quote(sys.executable)} -m thesis_lib.execute {{input.notebook:q}} --profile {shlex.quote(PROFILE)} "
+            "{params.arguments} {params.results} {params.gpu}"

@@ -1,0 +1,15 @@
+"""For all tests: none touches the checkout's data or figures, opens a window, or asks the network for weights."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Before thesis_lib.paths is imported for the first time.
+_folder = tempfile.mkdtemp(prefix="thesis_lib-tests-")
+atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+os.environ["THESIS_DATA"] = os.path.join(_folder, "data")
+os.environ["THESIS_FIGURES"] = os.path.join(_folder, "figures")
+os.environ["MPLBACKEND"] = "agg"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("THESIS_RUN", None)

@@ -1,0 +1,100 @@
+"""tools/bootstrap.sh, with a uv and a python that only write down what they are asked."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from thesis_lib import paths
+
+UV = """#!/bin/sh
+echo "uv $*" >> calls
+[ -f broken ] && exit 1
+if [ "$1" = venv ]; then for venv; do :; done; mkdir -p "$venv/bin"; cp "$(dirname "$0")/serving" "$venv/bin/python"; fi
+exit 0
+"""
+
+
+def script(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with the script alone, and a PATH on which uv is a stand-in and no python imports thesis_lib."""
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "bin").mkdir()
+    shutil.copy(paths.ROOT / "tools" / "bootstrap.sh", tmp_path / "tools")
+    for name in ("requirements.lock", "pyproject.toml"):
+        (tmp_path / name).write_text("1")
+    for tool in ("bash", "cat", "cksum", "dirname", "rm", "mkdir", "cp"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    script(tmp_path / "bin" / "uv", UV)
+    script(tmp_path / "bin" / "serving", "#!/bin/sh\nexit 0\n")
+    script(tmp_path / "bin" / "python3", "#!/bin/sh\nexit 1\n")
+    return tmp_path
+
+
+def bootstrap(folder, *names, **environment):
+    call = ["bash", "-euc", f"source tools/bootstrap.sh; bootstrap {' '.join(names)}; echo $PYTHON"]
+    environment = {"PATH": str(folder / "bin")} | environment
+    return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def calls(folder):
+    log = folder / "calls"
+    return [" ".join(line.split()[:3]) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+MADE = ["uv venv --quiet", "uv pip install", "uv pip install"]
+
+
+def test_the_environment_is_made_once_and_brought_up_to_date_when_the_pins_change(checkout):
+    python = str(checkout / ".venv" / "bin" / "python")
+    first, again = bootstrap(checkout), bootstrap(checkout)
+    assert first.stdout.strip() == again.stdout.strip() == python, first.stderr
+    assert calls(checkout) == MADE
+    (checkout / "requirements.lock").write_text("2")
+    assert bootstrap(checkout).stdout.strip() == python
+    assert calls(checkout) == MADE + MADE[1:]
+
+
+def test_an_interrupted_environment_is_not_trusted(checkout):
+    (checkout / "broken").touch()
+    failed = bootstrap(checkout)
+    assert failed.returncode == 1 and "uv could not make .venv" in failed.stderr
+    (checkout / "broken").unlink()
+    half = checkout / ".venv" / "bin" / "python"  # it would answer that all is well
+    half.parent.mkdir(parents=True)
+    script(half, "#!/bin/sh\nexit 0\n")
+    (checkout / ".venv" / "half").touch()
+    assert bootstrap(checkout).returncode == 0
+    assert not (checkout / ".venv" / "half").exists() and not (checkout / ".venv.unfinished").exists()
+    assert calls(checkout)[1:] == MADE
+
+
+def test_two_do_not_make_it_at_once(checkout):
+    (checkout / ".venv.unfinished").write_text(str(os.getpid()))
+    busy = bootstrap(checkout)
+    assert busy.returncode == 1 and f"process {os.getpid()} is making .venv" in busy.stderr
+    assert calls(checkout) == []
+
+
+def test_without_uv_an_old_python_is_refused(checkout):
+    (checkout / "bin" / "uv").unlink()
+    script(checkout / "bin" / "python3", '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit 0\nexit 1\n')
+    refused = bootstrap(checkout)
+    assert refused.returncode == 1 and "Python 3.11 or newer is needed; here is Python 3.9.2" in refused.stderr
+
+
+def test_an_active_environment_is_used_as_it_is_if_it_has_what_is_needed():
+    here = Path(sys.executable).parent
+    environment = {"PATH": f"{here}{os.pathsep}{os.environ['PATH']}"}
+    active = bootstrap(paths.ROOT, "pytest", **environment)
+    assert active.stdout.strip() == str(here / "python"), active.stderr
+    lacks = bootstrap(paths.ROOT, "no_such_module", **environment)
+    assert lacks.returncode == 1 and "lacks one of: no_such_module" in lacks.stderr

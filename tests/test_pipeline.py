@@ -1,0 +1,142 @@
+"""The DAG and its two layers above: a house with the real Snakefile and package, and notebooks that do nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pandas as pd
+import pytest
+
+from thesis_lib import paths, pipeline, report
+
+SCORE = """{"metric": "2afc", "value": 0.5, "low": 0.4, "high": 0.6, "unit": "1", "n": 9, "split": "test",
+    "mixer": mixer, "stage": "zero-shot"}"""
+EVALUATE = f"""\
+import os, pathlib, time
+from thesis_lib import paths, results
+with open(paths.ROOT / "ran", "a") as ran: print(mixer, file=ran)
+while (paths.ROOT / f"wait-{{mixer}}").exists(): time.sleep(0.1)
+name = f"02_attention_evaluation-{{mixer}}"
+results.write([{SCORE}], name, profile=profile)
+results.write_table(results.read(name, profile=profile), name + ".triplets", profile=profile)"""
+
+
+@pytest.fixture
+def house(tmp_path):
+    """Copy what the pipeline needs; notebook 02 alone exists, for two mixers."""
+    for name in ("Snakefile", "thesis_lib"):
+        copy = shutil.copytree if (paths.ROOT / name).is_dir() else shutil.copy
+        copy(paths.ROOT / name, tmp_path / name)
+    for name in ("notebooks", "profiles"):
+        (tmp_path / name).mkdir()
+    notebook = nbformat.v4.new_notebook()
+    first = nbformat.v4.new_code_cell('profile = "demo"\nmixer = "mha"', metadata={"tags": ["parameters"]})
+    notebook.cells = [first, nbformat.v4.new_code_cell(EVALUATE)]
+    nbformat.write(notebook, tmp_path / "notebooks" / "02_attention_evaluation.ipynb")
+    variants = "variants: {02_attention_evaluation: {mixer: [mha, pool]}}\n"
+    (tmp_path / "profiles" / "demo.yaml").write_text(variants)
+    return tmp_path
+
+
+def start(house):
+    environment = {name: value for name, value in os.environ.items() if name not in ("THESIS_DATA", "THESIS_FIGURES")}
+    call = [sys.executable, "-m", "thesis_lib.pipeline"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(call, cwd=house, env=environment | {"PYTHONPATH": str(house)}, **pipe)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def test_an_interrupted_run_is_resumed_without_doing_again_what_had_finished(house):
+    (house / "wait-pool").touch()
+    process = start(house)
+    while not (house / "ran").exists() or (house / "ran").read_text().split() != ["mha", "pool"]:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    status, output = finish(process)
+    assert status == 130 and "Interrupted" in output and "Traceback" not in output
+
+    (house / "wait-pool").unlink()
+    status, output = finish(start(house))
+    assert status == 0, output
+    assert (house / "ran").read_text().split() == ["mha", "pool", "pool"]
+    assert "02_attention_evaluation-pool" in output and "50.0% [40.0%, 60.0%]" in output
+    left = {p.name for p in (house / "data" / "results" / "demo").rglob("*") if p.is_file()}
+    runs = ["02_attention_evaluation-mha", "02_attention_evaluation-pool"]
+    assert left == {f"{run}{end}" for run in runs for end in (".parquet", ".triplets.parquet", ".ipynb")}
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """Put a small Python program, run in an empty results folder, in snakemake's place."""
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    program = [sys.executable, "-c"]
+    monkeypatch.setattr(pipeline, "command", lambda profile, options: program)
+    return program
+
+
+def test_a_failed_run_ends_with_the_traceback_and_where_to_look(alone, tmp_path, capsys):
+    path = tmp_path / "demo" / "notebooks" / "02_toy-pool.failed.ipynb"
+    path.parent.mkdir(parents=True)
+    text = json.dumps({"metadata": {"failure": "in In [4]\n" + "x\n" * 50 + "ValueError: what was wrong"}})
+    alone.append(f"open({str(path)!r}, 'w').write({text!r}); exit(3)")
+    assert pipeline.run("demo", []) == 3
+    error = capsys.readouterr().err
+    assert "02_toy-pool failed" in error and "ValueError: what was wrong" in error and str(path) in error
+    assert error.count("x\n") < 30 and "goes on from there" in error
+
+
+def test_two_runs_do_not_fill_the_same_results(alone, tmp_path, capsys):
+    alone.append(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    lock = f"lock = filelock.FileLock({str(tmp_path / '.lock')!r})"
+    holder = f"import filelock; {lock}; lock.acquire(); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", holder], **pipes) as other:
+        other.stdout.readline()
+        assert pipeline.run("demo", []) == 1
+        assert "another run is filling" in capsys.readouterr().err
+        assert not (tmp_path / "ran").exists()
+        assert pipeline.run("demo", ["-n"]) == 0  # only tells
+        other.kill()  # a run that died holds nothing
+        other.wait()
+        with pytest.raises(FileNotFoundError, match="nothing has run"):
+            pipeline.run("demo", [])
+
+
+def test_a_profile_that_does_not_exist_is_refused_with_those_there_are(capsys):
+    assert pipeline.main(["--profile", "demp"]) == 2
+    assert "there are demo, smoke, thesis" in capsys.readouterr().err
+
+
+def test_the_users_options_come_before_our_defaults(monkeypatch):
+    monkeypatch.setattr(pipeline.gpu, "visible", lambda: ["0", "1"])
+    ours = pipeline.command("demo", [])
+    assert ours[ours.index("--cores") + 1] == "all" and "gpu=2" in ours and ours[-1] == "profile=demo"
+    assert "--cores" not in pipeline.command("demo", ["--jobs", "3"])
+    assert "--cores" not in pipeline.command("demo", ["-j3"])
+    cluster = pipeline.command("thesis", ["--executor", "slurm", "--jobs=8"])
+    assert "--cores" not in cluster and "--resources" not in cluster
+
+
+def test_the_headline_has_every_mixer_and_stage_with_its_interval():
+    row = {"metric": "2afc", "split": "test", "n": 9, "low": 0.1, "high": 0.9}
+    scores = [("pool", "distilled", 0.8), ("pool", "zero-shot", 0.5), ("mha", "zero-shot", 0.9)]
+    rows = pd.DataFrame([row | {"mixer": m, "stage": s, "value": v} for m, s, v in scores])
+    lines = report.headline(rows).splitlines()
+    assert "9 test triplets" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == ["MHA", "Pool"]
+    assert lines[3].index("50.0% [10.0%, 90.0%]") < lines[3].index("80.0% [10.0%, 90.0%]")
+
+
+def test_nothing_has_run():
+    with pytest.raises(FileNotFoundError, match=r"run_all\.sh --profile never"):
+        report.describe("never")

@@ -1,0 +1,156 @@
+import json
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from thesis_lib import paths, plots, results, summary
+from thesis_lib.placement import apart
+
+fakes = runpy.run_path(str(Path(__file__).with_name("fakes.py")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def theme():
+    with mpl.rc_context():
+        mpl.use("agg")
+        plots.set_theme()
+        yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def triplets() -> pd.DataFrame:
+    return fakes["triplets"]()
+
+
+@pytest.fixture(scope="module")
+def rows(triplets) -> pd.DataFrame:
+    curves = [fakes["curve"](), fakes["curve"]("identity", end=0.835)]
+    return pd.concat([fakes["accuracy"](triplets), fakes["options"](), *curves], ignore_index=True)
+
+
+def names_of_mixers(ax: plt.Axes) -> list[plt.Text]:
+    return [text for text in ax.texts if text.get_text().split(",")[0] in summary.MIXERS.values()]
+
+
+def assert_apart(ax: plt.Axes) -> None:
+    """No mixer's name covers another, and none leaves the page."""
+    ax.figure.draw_without_rendering()
+    texts = names_of_mixers(ax)
+    boxes = [text.get_window_extent() for text in texts]
+    page = ax.figure.bbox
+    for i, box in enumerate(boxes):
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, texts[i]
+        assert not any(box.overlaps(other) for other in boxes[:i]), texts[i]
+
+
+def test_each_mixer_has_one_colour_and_marker():
+    assert len(set(plots.COLOURS.values())) == len(set(plots.MARKERS.values())) == len(summary.MIXERS)
+
+
+@pytest.mark.parametrize("cost", ["macs", "latency"])
+def test_accuracy_against_cost_names_every_mixer_without_overlap(rows, cost):
+    ax = plots.accuracy_against_cost(pd.concat([rows, fakes["efficiency"]()]), cost=cost)
+    assert_apart(ax)
+    assert {text.get_text() for text in names_of_mixers(ax)} == {"MHA", "SRA", "Pool", "MoH", "SOFT", "Identity"}
+    drawn = {round(float(line.get_ydata()[0]), 6) for line in ax.lines if line.get_marker() in plots.MARKERS.values()}
+    assert drawn == {round(100 * value, 6) for value in summary.scores(rows)["value"]}
+
+
+def test_equal_costs_stand_side_by_side_and_others_stay():
+    x = apart(pd.Series({"a": 100.0, "b": 100.0, "c": 200.0}))
+    assert x["a"] != x["b"] and (x["a"] + x["b"]) / 2 == pytest.approx(100) and x["c"] == 200
+    assert (apart(pd.Series({"a": 1.0})) == 1).all()
+
+
+def test_distillation_curve_rings_the_epoch_kept(rows):
+    ax = plots.distillation_curve(rows)
+    assert_apart(ax)
+    val = rows.query("mixer == 'pool' and metric == '2afc' and split == 'val'")
+    rings = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert val.loc[val["value"].idxmax(), "epoch"] in rings and len(rings) == 2
+    with pytest.raises(ValueError, match="04_distillation"):
+        plots.distillation_curve(rows.drop(columns="epoch"))
+
+
+def test_curves_without_intervals_and_with_two_splits_are_drawn(rows):
+    log = fakes["curve"]().assign(low=np.nan, high=np.nan)
+    log = pd.concat([log, log[log["metric"] == "loss"].assign(split="val", value=lambda t: t["value"] + 0.02)])
+    assert_apart(plots.distillation_curve(log))
+    ax = plots.distillation_curve(log, metric="loss")
+    assert_apart(ax)
+    assert {text.get_text() for text in ax.texts} == {"Pool, train", "Pool, val"}
+
+
+def test_recovered_share_and_paired_differences_have_a_line_a_mixer(triplets):
+    shares = summary.recovered(triplets)
+    for ax in (plots.recovered_share(shares), plots.paired_differences(summary.paired(triplets))):
+        assert [text.get_text() for text in ax.get_yticklabels()] == ["SRA", "Pool", "MoH", "SOFT", "Identity"]
+    unknown = shares.assign(value=shares["value"].where(shares["mixer"] != "sra"))  # nothing lost, nothing to recover
+    assert len(plots.recovered_share(unknown).get_yticklabels()) == 4
+    assert not plots.recovered_share(shares.assign(value=np.nan)).get_yticklabels()
+
+
+def test_latency_names_lines_at_their_ends(rows):
+    ax = plots.latency_against_tokens(fakes["efficiency"](), backbone="demo")
+    assert_apart(ax)
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["65", "145", "257", "577"]
+    with pytest.raises(ValueError, match="03_efficiency_analysis"):
+        plots.latency_against_tokens(fakes["efficiency"](), backbone="another")
+
+
+def test_gallery_frames_the_chosen_picture():
+    table = fakes["gallery"](3)
+    figure = plots.triplet_gallery(table)
+    framed = [ax.spines["left"].get_visible() for ax in figure.axes]
+    expected = [chosen for vote in table["right_vote"] for chosen in (vote == 0, False, vote == 1)]
+    assert framed == expected
+    assert [ax.get_xlabel() for ax in figure.axes[:3]].count("7 of 7") == 1
+
+
+def test_files_are_the_same_bytes_again_with_embedded_type(tmp_path, triplets):
+    written = []
+    for name in ("once", "again"):
+        ax = plots.recovered_share(summary.recovered(triplets))
+        written.append([path.read_bytes() for path in plots.save(ax.figure, tmp_path / name)])
+    assert written[0] == written[1] and written[0][0].startswith(b"%PDF")
+    assert b"/FontFile2" in written[0][0] or b"TrueType" in written[0][0]  # Type 42, not Type 3
+
+
+def test_notebook_makes_every_item_and_latex_prints_it(tmp_path, monkeypatch, triplets, rows):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(paths, "FIGURES", tmp_path / "figures")
+    for mixer, part in rows.groupby("mixer"):
+        for stem, mine in (("04_distillation", part["stage"] == "distilled"), ("02_attention_evaluation", True)):
+            mine = part[mine if stem.startswith("04") else part["stage"] != "distilled"]
+            score = triplets[(triplets["mixer"] == mixer) & triplets["stage"].isin(mine["stage"])]
+            if len(mine) and len(score):
+                results.write(mine, f"{stem}-{mixer}", profile="demo")
+                results.write_table(score, f"{stem}-{mixer}.triplets", profile="demo")
+    results.write(fakes["efficiency"](), "03_efficiency_analysis", profile="demo")
+    results.write_table(fakes["gallery"](), "01_data_preparation.gallery", profile="demo")
+    notebook = json.loads((paths.NOTEBOOKS / "09_thesis_figures.ipynb").read_text())
+    scope = {"display": lambda *tables: [table._repr_html_() for table in tables]}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), scope)
+    made = results.read("09_thesis_figures", profile="demo")
+    assert len(made) == 9 + 2 * 6 and made["path"].is_unique  # tables and numbers; figures twice
+    preview = paths.ROOT / "figures" / "thesis_preview.tex"
+    source = preview.read_text()
+    for path in map(Path, made["path"]):
+        assert path.stem == "numbers" or f"{{{path.stem}}}" in source, f"{path} is not in the preview"
+    if not shutil.which("pdflatex"):
+        pytest.skip("pdflatex is not installed: the items were made, not typeset")
+    shutil.copy(preview, tmp_path / "figures")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "thesis_preview"]
+    log = subprocess.run(command, cwd=tmp_path / "figures", capture_output=True, text=True, errors="replace")
+    assert log.returncode == 0, log.stdout[-2000:]
+    assert "Overfull" not in log.stdout and "undefined" not in log.stdout, log.stdout

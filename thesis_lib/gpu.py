@@ -1,0 +1,61 @@
+"""GPUs without torch: which there are, and one run at a time on each."""
+
+import contextlib
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+
+def query(field: str) -> list[str]:
+    """Return a field of every NVIDIA GPU of the machine as nvidia-smi names it (index, name); none: an empty list."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        return (
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip().splitlines()
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def visible() -> list[str]:
+    """Return the GPUs this process may use, by index or identifier."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        devices = [device.strip() for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+        return [device for device in devices if device not in ("", "-1")]
+    return query("index")
+
+
+@contextlib.contextmanager
+def one() -> Iterator[str | None]:
+    """Hold one of the visible GPUs alone, and show no other to this process; wait until one is free.
+
+    Yields None, changing nothing, where there is no GPU or where Slurm or torchrun have chosen.
+    """
+    devices = [] if {"SLURM_JOB_ID", "LOCAL_RANK"} & os.environ.keys() else visible()
+    if not devices:
+        yield None
+        return
+    folder = Path(tempfile.gettempdir())
+    locks = {device: filelock.FileLock(folder / f"thesis_lib-{os.getuid()}-gpu-{device}.lock") for device in devices}
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    while not (held := next((device for device, lock in locks.items() if _acquired(lock)), None)):
+        time.sleep(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = held
+    try:
+        yield held
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
+        os.environ.update({} if before is None else {"CUDA_VISIBLE_DEVICES": before})
+        locks[held].release()
+
+
+def _acquired(lock: filelock.BaseFileLock) -> bool:
+    try:
+        return bool(lock.acquire(timeout=0))
+    except filelock.Timeout:
+        return False

@@ -1,0 +1,127 @@
+"""Run the DAG and say what it made: `python -m thesis_lib.pipeline [--profile P] [snakemake options]`.
+
+This is what run_all.sh calls. All other options go to snakemake: -n shows what would run, --jobs N bounds the cores,
+--forcerun RULE makes something again, `--workflow-profile profiles/slurm` runs on a cluster.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import psutil
+
+from thesis_lib import gpu, paths, profiles
+
+# With these snakemake only tells, and runs nothing.
+TELLS = {
+    "-n",
+    "--dry-run",
+    "--dryrun",
+    "--dag",
+    "--rulegraph",
+    "--filegraph",
+    "--list",
+    "-l",
+    "--summary",
+    "-S",
+    "--lint",
+}
+KEPT = "What had finished is kept: the same command goes on from there."
+
+
+def command(profile: str, options: list[str]) -> list[str]:
+    """Return the snakemake command: the user's options, and defaults where they say nothing."""
+    given = {option.split("=")[0] if option.startswith("--") else option[:2] for option in options if option[:1] == "-"}
+    call = [sys.executable, "-m", "snakemake", "--snakefile", str(paths.ROOT / "Snakefile"), *options]
+    # The Snakefile says what makes a result stale. Locking is done here, see run().
+    call += ["--rerun-triggers", "mtime", "input", "params", "--rerun-incomplete", "--nolock"]
+    if not {"--quiet", "-q", "--verbose"} & given:
+        call += ["--quiet", "host", "reason", *([] if TELLS & given else ["rules"])]
+    if not {"--executor", "-e", "--workflow-profile"} & given:
+        if not {"--cores", "-c", "--jobs", "-j"} & given:
+            call += ["--cores", "all"]
+        if not {"--resources", "--res"} & given:
+            gpus = len(gpu.visible())  # without one, `gpu` bounds nothing
+            call += [
+                "--resources",
+                f"mem_mb={psutil.virtual_memory().total // 2**20}",
+                *([f"gpu={gpus}"] if gpus else []),
+            ]
+    return [*call, "--config", f"profile={profile}"]
+
+
+def run(profile: str, options: list[str]) -> int:
+    """Run snakemake, one at a time per results folder, and report; return its exit status, 130 after Ctrl-C."""
+    start, tells = time.time(), TELLS & set(options)
+    with contextlib.ExitStack() as stack:
+        if not tells:
+            paths.RESULTS.mkdir(parents=True, exist_ok=True)
+            # The system releases this lock however we die; snakemake's own would have to be removed by hand.
+            try:
+                stack.enter_context(filelock.FileLock(paths.RESULTS / ".lock").acquire(timeout=0))
+            except filelock.Timeout:
+                print(f"error: another run is filling {paths.RESULTS}: wait for it, or stop it", file=sys.stderr)
+                return 1
+        status = _supervise(command(profile, options))
+    if status == 130:
+        print(f"\nInterrupted. {KEPT}", file=sys.stderr)
+    elif status:
+        _report_failures(paths.RESULTS / Path(profile).stem / "notebooks", start)
+    elif not tells:
+        from thesis_lib import report  # not needed, and pandas not waited for, before
+
+        print(f"\n{report.describe(Path(profile).stem)}\n\nDone in {report.minutes(time.time() - start)}.")
+    return status
+
+
+def _supervise(call: list[str]) -> int:
+    """Run in a process group of its own, which hears of the first Ctrl-C (or TERM, or a closed terminal) just once."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+    process = subprocess.Popen(call, cwd=paths.ROOT, start_new_session=True)
+    interrupts = 0
+    while True:
+        try:
+            status = process.wait()
+            return 130 if interrupts else status
+        except KeyboardInterrupt:
+            interrupts += 1
+            if interrupts == 1:
+                print("\nStopping ...", file=sys.stderr)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT if interrupts == 1 else signal.SIGKILL)
+
+
+def _report_failures(folder: Path, start: float) -> None:
+    for path in sorted(p for p in folder.glob("*.failed.ipynb") if p.stat().st_mtime >= start):
+        failure = json.loads(path.read_text())["metadata"]["failure"]
+        name = path.name.removesuffix(".failed.ipynb")
+        print(f"\n{name} failed: " + "\n".join(failure.splitlines()[-25:]), file=sys.stderr)
+        print(f"the notebook as far as it came: {path}", file=sys.stderr)
+    print(f"\nNot finished. {KEPT}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Split the profile from snakemake's options, check it before anything starts, and run."""
+    parser = argparse.ArgumentParser(prog="./run_all.sh", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--profile", default="demo", help="smoke, demo (default), thesis, or the path of a .yaml file")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        profiles.load(options.profile)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run(options.profile, rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

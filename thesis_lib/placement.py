@@ -1,0 +1,75 @@
+"""Where names and points go in a figure, so that none covers another."""
+
+from collections.abc import Iterable
+from itertools import product
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
+
+COMPASS = ((1, 0), (-1, 0), (0, 1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7), (0, -1))
+
+
+def apart(x: pd.Series) -> pd.Series:
+    """Set values side by side that agree within a thirtieth of the range, around their own mean."""
+    x = x.sort_values(kind="stable")
+    step = (x.max() - x.min() or x.max()) / 30
+    clusters = (x.diff() > step).cumsum()
+    for _, cluster in x.groupby(clusters):
+        if len(cluster) > 1:
+            x[cluster.index] = cluster.mean() + step * (np.arange(len(cluster)) - (len(cluster) - 1) / 2)
+    return x
+
+
+def label_points(
+    ax: Axes, points: Iterable[tuple[str, float, float, str]], *, spans: Iterable[tuple[float, float, float]] = ()
+) -> None:
+    """Write each (text, x, y, colour) beside its point, where it covers no other text, point, span or frame.
+
+    `spans` are (x, low, high) of error bars. Draw everything else first: the layout decides where data lies on paper.
+    """
+    figure, points = ax.figure, sorted(points, key=lambda point: -point[2])
+    figure.draw_without_rendering()
+    renderer, half = figure.canvas.get_renderer(), 0.05 * figure.dpi
+    taken = []
+    for x, low, high in [*spans, *((x, y, y) for _, x, y, _ in points)]:
+        (left, bottom), (right, top) = ax.transData.transform([(x, low), (x, high)])
+        taken.append(Bbox.from_extents(left - half, bottom - half, right + half, top + half))
+    frame = ax.get_window_extent(renderer)
+    for name, x, y, tint in points:
+        text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", color=tint, fontsize=8, va="center")
+        tried = []
+        for radius, (dx, dy) in product((7, 11, 16, 22), COMPASS):
+            side = ("center", "left", "right")[int(np.sign(dx))]
+            text.set(position=(radius * dx, radius * dy), horizontalalignment=side)
+            box = text.get_window_extent(renderer).padded(0.01 * figure.dpi)
+            covered = box.width * box.height - _shared(box, frame) + sum(_shared(box, other) for other in taken)
+            tried.append((covered, text.get_position(), side, box))
+            if covered == 0:
+                break
+        _, position, side, box = min(tried, key=lambda place: place[0])
+        text.set(position=position, horizontalalignment=side)
+        taken.append(box)
+
+
+def _shared(a: Bbox, b: Bbox) -> float:
+    both = Bbox.intersection(a, b)
+    return 0.0 if both is None else both.width * both.height
+
+
+def label_ends(ax: Axes, ends: list[tuple[str, float, float, str]]) -> None:
+    """Write (text, x, y, colour) at the right ends of lines, moved apart vertically until none overlaps the next."""
+    ax.figure.draw_without_rendering()
+    ends = sorted(ends, key=lambda end: end[2])
+    point, height = 72 / ax.figure.dpi, 9.5  # a line of 8-point type
+    wanted = point * np.array([ax.transData.transform(end[1:3])[1] for end in ends])
+    lowest = point * ax.bbox.y0 + height * (np.arange(len(ends)) + 0.5)
+    place = np.maximum(wanted, lowest)
+    for _ in range(200):  # neighbours push each other apart, half each
+        overlap = np.maximum(height - np.diff(place), 0)
+        place[:-1] -= 0.5 * overlap
+        place[1:] += 0.5 * overlap
+        place = np.maximum(place, lowest)
+    for (text, x, y, tint), shift in zip(ends, place - wanted, strict=True):
+        ax.annotate(text, (x, y), (8, shift), textcoords="offset points", color=tint, fontsize=8, va="center")

@@ -1,0 +1,101 @@
+"""Profiles: one YAML file with a section a notebook, which holds values for the names in its cell tagged `parameters`.
+
+Beside these, `variants` names the notebooks that run once per value of a parameter, and `jobs` what one run may take of
+a machine (read by the Snakefile).
+"""
+
+import ast
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from thesis_lib import paths
+
+RESERVED = {"variants", "jobs"}
+
+
+def load(profile: str, *, folder: Path = paths.NOTEBOOKS) -> dict[str, dict]:
+    """Read profiles/<profile>.yaml, or the file that `profile` names if it ends in .yaml.
+
+    Raises FileNotFoundError with the profiles there are, ValueError for a section or variant without a notebook in
+    `folder`, and for a number that YAML takes for text (1e-4).
+    """
+    path = Path(profile) if profile.endswith(".yaml") else paths.PROFILES / f"{profile}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
+        raise FileNotFoundError(f"no profile {profile!r}: there are {known}, or the path of a .yaml file")
+    content = yaml.safe_load(path.read_text()) or {}
+    content = {section: values or {} for section, values in content.items()} | {
+        "variants": content.get("variants") or {}
+    }
+    notebooks = {p.stem for p in folder.glob("*.ipynb")}
+    for section in [*content.keys() - RESERVED, *content["variants"]]:
+        if section not in notebooks:
+            raise ValueError(f"{path.name}: section {section!r} is no notebook's name{near(section, notebooks)}")
+    _refuse_text_numbers(content, path.name)
+    return content
+
+
+def defaults(notebook: Path) -> dict[str, Any]:
+    """Return the parameters of a notebook and their default values; of one that is no literal, the ast node.
+
+    Raises ValueError if no cell, or several, are tagged `parameters`.
+    """
+    cells = json.loads(notebook.read_text())["cells"]  # nbformat takes seconds to import, and this is all it would do
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise ValueError(f"{notebook.name}: one cell must carry the tag 'parameters'; {len(tagged)} do")
+    values = {}
+    for node in ast.parse("".join(tagged[0]["source"])).body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        for target in targets:
+            if isinstance(target, ast.Name):
+                try:
+                    values[target.id] = ast.literal_eval(node.value)
+                except ValueError:
+                    values[target.id] = node.value
+    return values
+
+
+def check(values: dict[str, Any], notebook: Path) -> None:
+    """Raise ValueError if a name is no parameter of the notebook, or a value is of another type than its default."""
+    known = defaults(notebook)
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"{notebook.name} has no parameter {name!r}{near(name, known)}")
+        default = known[name]
+        if value is None or default is None or isinstance(default, ast.AST):
+            continue
+        accepted = (
+            (int, float) if type(default) is float else (list, tuple) if type(default) is tuple else type(default)
+        )
+        if not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise ValueError(
+                f"{notebook.name}: {name} is {type(default).__name__} ({default!r} by default), not {value!r}"
+                + (": write a list as '[a, b]'" if isinstance(default, list) else "")
+            )
+
+
+def near(name: str, known) -> str:
+    """Return the end of a message about an unknown name: the names near it, or all that are known."""
+    close = difflib.get_close_matches(name, known)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(sorted(known)) or 'none'}"
+
+
+def _refuse_text_numbers(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_text_numbers(item, f"{where}: {key}")
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_text_numbers(item, where)
+    elif isinstance(value, str) and (number := re.fullmatch(r"([-+]?\d+\.?\d*)[eE]([-+]?\d+)", value)):
+        mantissa, exponent = number.groups()
+        right = f"{mantissa if '.' in mantissa else mantissa + '.0'}e{int(exponent):+d}"
+        raise ValueError(f"{where}: {value} is text to YAML, not a number: write {right}")

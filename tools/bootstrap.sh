@@ -1,0 +1,94 @@
+# Sourced by run_all.sh and run_tests.sh: sets PYTHON to an interpreter whose thesis_lib is this checkout.
+#
+# An active environment (venv, conda, or whatever `python` is) that imports thesis_lib from here is used as it is. Otherwise
+# .venv is made with the pins of requirements.lock, by uv where it is installed, else by pip. A .venv that this script made is
+# trusted only with its stamp, which is written last: an interrupted one is made again from nothing.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV="$ROOT/.venv"
+STAMP="$VENV/.thesis_lib"
+UNFINISHED="$ROOT/.venv.unfinished" # holds the process id of who is making it
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+# -P keeps the current directory out of sys.path, or thesis_lib would be found from here by any interpreter. Nothing is imported.
+serves() {
+  "$1" -P - "$ROOT" "${@:2}" <<'PYTHON' 2>/dev/null
+import importlib.util, pathlib, sys
+root, *names = sys.argv[1:]
+spec = importlib.util.find_spec("thesis_lib")
+here = spec and spec.origin and pathlib.Path(spec.origin).resolve().parent.parent == pathlib.Path(root).resolve()
+sys.exit(not (here and all(map(importlib.util.find_spec, ("torch", "timm", "papermill", "snakemake", *names)))))
+PYTHON
+}
+
+new_enough() {
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+pins() {
+  cat "$ROOT/requirements.lock" "$ROOT/pyproject.toml" | cksum
+}
+
+find_python() {
+  local name
+  for name in python3 python python3.13 python3.12 python3.11 python3.14; do
+    if new_enough "$name"; then
+      command -v "$name"
+      return
+    fi
+  done
+  return 1
+}
+
+make_venv() {
+  local base
+  [ -f "$UNFINISHED" ] && kill -0 "$(cat "$UNFINISHED")" 2>/dev/null &&
+    fail "process $(cat "$UNFINISHED") is making .venv at this moment: wait for it (or remove .venv.unfinished)"
+  if [ -f "$UNFINISHED" ]; then
+    echo "The last attempt to make .venv was interrupted: making it again." >&2
+    rm -rf "$VENV"
+  fi
+  echo $$ >"$UNFINISHED"
+  rm -f "$STAMP"
+  echo "Making .venv with the pins of requirements.lock (once; some minutes and 6 GB with CUDA's libraries) ..." >&2
+  if command -v uv >/dev/null; then
+    [ -x "$VENV/bin/python" ] || uv venv --quiet --clear --python '>=3.11' "$VENV" || fail "uv could not make .venv"
+    uv pip install --quiet --python "$VENV/bin/python" -r "$ROOT/requirements.lock" &&
+      uv pip install --quiet --python "$VENV/bin/python" --no-deps -e "$ROOT"
+  else
+    if [ ! -x "$VENV/bin/python" ]; then
+      base=$(find_python) || fail "Python 3.11 or newer is needed; here is $(python3 --version 2>&1 || echo none). \
+Install it, or install uv, which brings its own"
+      "$base" -c 'import venv, ensurepip' 2>/dev/null ||
+        fail "$base cannot make environments: install its venv module (Debian, Ubuntu: apt install python3-venv), or install uv"
+      "$base" -m venv --clear "$VENV" || fail "$base could not make .venv"
+    fi
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.lock" &&
+      "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -e "$ROOT"
+  fi || fail "the packages could not be installed (see above); the same command tries again"
+  serves "$VENV/bin/python" || fail ".venv is complete but does not import thesis_lib from $ROOT: remove .venv and try again"
+  pins >"$STAMP"
+  rm -f "$UNFINISHED"
+}
+
+# The names given as arguments must be importable as well (pytest, for the tests).
+bootstrap() {
+  local active
+  active=$(command -v python || command -v python3 || true)
+  if [ -n "$active" ] && serves "$active" "$@"; then
+    PYTHON=$active
+  elif [ -n "$active" ] && serves "$active"; then
+    fail "the active environment ($active) lacks one of: $*. Run: python -m pip install -e '.[test]'"
+  else
+    # A .venv without a stamp was made by hand: good as it is if it serves.
+    if [ -f "$UNFINISHED" ] || ! serves "$VENV/bin/python" "$@" ||
+      { [ -f "$STAMP" ] && [ "$(cat "$STAMP")" != "$(pins)" ]; }; then
+      make_venv
+    fi
+    PYTHON="$VENV/bin/python"
+  fi
+}
