@@ -1,8 +1,9 @@
-# The DAG: one rule a notebook, each a call of the strict runner. ./run_all.sh runs it, with the options thesis_lib/pipeline.py
-# adds. A notebook that does not exist has no rule; one with `variants` in the profile runs once per variant.
+# The DAG: one rule a notebook, each a call of the strict runner. ./run_all.sh runs it, with the options that
+# thesis_lib/pipeline.py adds. A notebook that does not exist has no rule; one with `variants` in the profile runs once
+# per variant.
 #
-# What is made again: a run whose notebook, parameters or inputs changed. An edit in thesis_lib makes nothing stale by itself,
-# or one comment would cost a night of distillation. Every result says which revision made it, and
+# What is made again: a run whose notebook, parameters or inputs changed. An edit in thesis_lib makes nothing stale by
+# itself, or one comment would cost a night of distillation. Every result says which revision made it, and
 # `./run_all.sh --forcerun attention_evaluation` (or --forceall) makes it again, with all that is made from it.
 import itertools
 import os
@@ -14,7 +15,7 @@ from thesis_lib import paths, profiles
 
 PROFILE = config.get("profile", "demo")
 CONTENT = profiles.load(PROFILE)
-JOBS = {"threads": 2, "mem_mb": 4000, "runtime": 240} | CONTENT.get("jobs", {})  # what one run may take; runtime in minutes
+JOBS = {"threads": 2, "mem_mb": 4000, "runtime": 240} | CONTENT.get("jobs", {})  # what one run may take (minutes)
 NOTEBOOKS = {path.stem: path for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
 RESULTS = paths.RESULTS / Path(PROFILE).stem
 RESULTS = RESULTS.relative_to(paths.ROOT) if RESULTS.is_relative_to(paths.ROOT) else RESULTS
@@ -39,7 +40,9 @@ def variants(notebook):
     """The runs of a notebook: what its name adds to the notebook's, and its parameters on the command line."""
     axes = CONTENT["variants"].get(notebook, {})
     return {
-        "".join(f"-{value}" for value in values): [w for name, value in zip(axes, values) for w in ("-p", name, str(value))]
+        "".join(f"-{value}" for value in values): [
+            word for name, value in zip(axes, values) for word in ("-p", name, str(value))
+        ]
         for values in itertools.product(*axes.values())
     }
 
@@ -93,5 +96,5 @@ for notebook, path in NOTEBOOKS.items():
             runtime=JOBS["runtime"],
             gpu=0 if notebook in NO_MODEL else 1,
         shell:
-            f"{shlex.quote(sys.executable)} -m thesis_lib.execute {{input.notebook:q}} --profile {shlex.quote(PROFILE)} "
-            "{params.arguments} {params.results} {params.gpu}"
+            f"{shlex.quote(sys.executable)} -m thesis_lib.execute {{input.notebook:q}} "
+            f"--profile {shlex.quote(PROFILE)} {{params.arguments}} {{params.results}} {{params.gpu}}"

@@ -68,6 +68,7 @@ def test_a_run_is_named_after_its_variant_and_is_production_only_as_the_profile_
         ({"lr": "fast"}, "lr is float"),
         ({"sizes": 3}, r"write a list as '\[a, b\]'"),
         ({"mixer": True}, "mixer is str"),
+        ({"lr": True}, "lr is float"),
     ],
 )
 def test_a_wrong_parameter_fails_before_anything_runs(house, overrides, message):
@@ -97,8 +98,25 @@ def test_numbers_on_the_command_line_may_be_written_as_people_do(house, capsys):
     arguments = [str(notebook), "--profile", str(notebook.with_name("t.yaml")), "-p", "sizes", "1e-4"]
     assert execute.main(arguments) == 2  # a number, but sizes is a list
     assert "not 0.0001" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match="did you mean 02_toy"):
-        execute.plan(notebook.with_name("02_toi.ipynb"), str(notebook.with_name("t.yaml")), {})
+    assert execute.main([*arguments[:3], "-p", "mixr", "pool"]) == 2
+    assert "did you mean mixer" in capsys.readouterr().err
+    assert execute.main([str(notebook.with_name("02_toi.ipynb"))]) == 2
+    assert "did you mean 02_toy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "value"),
+    [
+        ("1e-4", 0.1, 1e-4),
+        ("no", "mha", "no"),
+        ("", "x", ""),
+        ("[a, b]", [], ["a", "b"]),
+        ("null", 3, None),
+        ("7", 3, 7),
+    ],
+)
+def test_the_command_lines_values_are_read_as_the_default_wants_them(text, default, value):
+    assert execute._value(text, default) == value
 
 
 def test_success_moves_rows_with_their_provenance_and_the_executed_notebook(house, monkeypatch, tmp_path):

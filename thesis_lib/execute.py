@@ -61,10 +61,7 @@ def plan(notebook: str | Path, profile: str, overrides: dict[str, Any], results:
 
     `production` stays true only if nothing but the value of a variant's parameter, one of those listed, was overridden.
     """
-    path = Path(notebook) if Path(notebook).suffix == ".ipynb" else paths.NOTEBOOKS / f"{notebook}.ipynb"
-    if not path.is_file():
-        known = [p.stem for p in path.parent.glob("*.ipynb")]
-        raise FileNotFoundError(f"no notebook {path}{profiles.near(path.stem, known)}")
+    path = find(notebook)
     content = profiles.load(profile, folder=path.parent)
     section, variants = content.get(path.stem, {}), content["variants"].get(path.stem, {})
     parameters = section | overrides | {"profile": Path(profile).stem}
@@ -77,6 +74,15 @@ def plan(notebook: str | Path, profile: str, overrides: dict[str, Any], results:
     )
     name = "-".join([path.stem, *map(str, values)])
     return Run(path.resolve(), Path(profile).stem, name, parameters, production, tuple(results or [name]))
+
+
+def find(notebook: str | Path) -> Path:
+    """Return the path of a notebook, given by path or by its name in notebooks/; FileNotFoundError if there is none."""
+    path = Path(notebook) if Path(notebook).suffix == ".ipynb" else paths.NOTEBOOKS / f"{notebook}.ipynb"
+    if not path.is_file():
+        known = [other.stem for other in path.parent.glob("*.ipynb")]
+        raise FileNotFoundError(f"no notebook {path}{profiles.near(path.stem, known)}")
+    return path
 
 
 def execute(run: Run, output: Path | None = None) -> Path:
@@ -92,9 +98,7 @@ def execute(run: Run, output: Path | None = None) -> Path:
     shutil.rmtree(staging, ignore_errors=True)
     for folder in (staging, output.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    defaults = {
-        name: value for name, value in profiles.defaults(run.notebook).items() if not isinstance(value, ast.AST)
-    }
+    defaults = {name: v for name, v in profiles.defaults(run.notebook).items() if not isinstance(v, ast.AST)}
     about = {"notebook": run.notebook.name, "profile": run.profile, "parameters": defaults | run.parameters}
     about |= {"production": run.production, "staging": str(staging)}
     try:
@@ -104,7 +108,8 @@ def execute(run: Run, output: Path | None = None) -> Path:
         if problem and rank == 0:
             _keep_failed(working, failed, problem)
         if problem:
-            raise RuntimeError(f"{run.name} failed: {problem}\nthe notebook as far as it came: {failed}")
+            where = f"\nthe notebook as far as it came: {failed}" if rank == 0 and failed.is_file() else ""
+            raise RuntimeError(f"{run.name} failed: {problem}{where}")
         if rank == 0:
             last = f"{run.name}.parquet"  # what the DAG waits for is moved when all else is in its place
             for path in sorted(staging.glob("*.parquet"), key=lambda path: path.name == last):
@@ -161,7 +166,7 @@ def _execute(run: Run, working: Path) -> str | None:
         free = shutil.disk_usage(run.folder).free / 2**20
         return f"the disk of {run.folder} is full ({free:.0f} MiB left): make room, then run the same command again"
     if "Kernel died" in text:
-        started = [cell for cell in _code(working) if cell.metadata.papermill.start_time]
+        started = [cell for cell in (_code(working) if working.is_file() else []) if cell.metadata.papermill.start_time]
         why = "the kernel died: too little memory, a crash in a library, or an exit"
         text = f"{why}; it was in this cell:\n{started[-1].source}" if started else f"{why}, before the first cell"
     return text
@@ -212,8 +217,10 @@ def _code(notebook: Path) -> list:
     return [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
 
 
-def _value(text: str) -> Any:
-    """Read a value from the command line: YAML, and 1e-4 is a number."""
+def _value(text: str, default: Any) -> Any:
+    """Read a value from the command line: as it stands where text is wanted, else YAML (but 1e-4 is a number)."""
+    if isinstance(default, str):
+        return text
     try:
         return float(text) if re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", text) else yaml.safe_load(text)
     except yaml.YAMLError:
@@ -240,7 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     start = time.monotonic()
     try:
-        overrides = {name: _value(value) for name, value in options.parameter}
+        defaults = profiles.defaults(find(options.notebook))
+        overrides = {name: _value(value, defaults.get(name)) for name, value in options.parameter}
         run = plan(options.notebook, options.profile, overrides, options.results)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

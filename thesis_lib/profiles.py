@@ -72,10 +72,10 @@ def check(values: dict[str, Any], notebook: Path) -> None:
         default = known[name]
         if value is None or default is None or isinstance(default, ast.AST):
             continue
-        accepted = (
-            (int, float) if type(default) is float else (list, tuple) if type(default) is tuple else type(default)
-        )
-        if not isinstance(value, accepted) or (isinstance(value, bool) and not isinstance(default, bool)):
+        # A switch may also take a text (`pretrained`: or a path), a number no switch, a fraction also a whole number.
+        kinds = {bool: (bool, str), float: (float, int), tuple: (tuple, list)}
+        accepted = kinds.get(type(default), (type(default),))
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
             raise ValueError(
                 f"{notebook.name}: {name} is {type(default).__name__} ({default!r} by default), not {value!r}"
                 + (": write a list as '[a, b]'" if isinstance(default, list) else "")

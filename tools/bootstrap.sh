@@ -1,8 +1,8 @@
 # Sourced by run_all.sh and run_tests.sh: sets PYTHON to an interpreter whose thesis_lib is this checkout.
 #
-# An active environment (venv, conda, or whatever `python` is) that imports thesis_lib from here is used as it is. Otherwise
-# .venv is made with the pins of requirements.lock, by uv where it is installed, else by pip. A .venv that this script made is
-# trusted only with its stamp, which is written last: an interrupted one is made again from nothing.
+# An active environment (venv, conda, or whatever `python` is) that imports thesis_lib from here is used as it is.
+# Otherwise .venv is made with the pins of requirements.lock, by uv where it is installed, else by pip. An interrupted
+# attempt is made again from nothing, and other pins than those of its stamp bring it up to date.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV="$ROOT/.venv"
@@ -14,7 +14,7 @@ fail() {
   exit 1
 }
 
-# -P keeps the current directory out of sys.path, or thesis_lib would be found from here by any interpreter. Nothing is imported.
+# Nothing is imported. -P keeps the current directory out of sys.path, or any interpreter would find thesis_lib here.
 serves() {
   "$1" -P - "$ROOT" "${@:2}" <<'PYTHON' 2>/dev/null
 import importlib.util, pathlib, sys
@@ -64,13 +64,13 @@ make_venv() {
       base=$(find_python) || fail "Python 3.11 or newer is needed; here is $(python3 --version 2>&1 || echo none). \
 Install it, or install uv, which brings its own"
       "$base" -c 'import venv, ensurepip' 2>/dev/null ||
-        fail "$base cannot make environments: install its venv module (Debian, Ubuntu: apt install python3-venv), or install uv"
+        fail "$base cannot make environments: install its venv module (Debian, Ubuntu: apt install python3-venv), or uv"
       "$base" -m venv --clear "$VENV" || fail "$base could not make .venv"
     fi
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.lock" &&
       "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -e "$ROOT"
   fi || fail "the packages could not be installed (see above); the same command tries again"
-  serves "$VENV/bin/python" || fail ".venv is complete but does not import thesis_lib from $ROOT: remove .venv and try again"
+  serves "$VENV/bin/python" || fail ".venv does not import thesis_lib from $ROOT: remove .venv and try again"
   pins >"$STAMP"
   rm -f "$UNFINISHED"
 }

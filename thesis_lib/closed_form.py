@@ -1,0 +1,83 @@
+"""What a model must compute: multiply-adds and parameters in closed form, and counted, which must agree."""
+
+import itertools
+from operator import itemgetter
+
+import torch
+from timm.models import VisionTransformer
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from thesis_lib import attention
+from thesis_lib.attention import Cost
+
+
+def mixer_cost(attn: nn.Module, tokens: int, grid: tuple[int, int], prefix_tokens: int) -> Cost:
+    """Return the closed form of one attention layer; timm's own `Attention` counts as MHA."""
+    if isinstance(attn, attention.Mixer):
+        return attn.closed_form(tokens, attn.dim, attn.num_heads, grid, prefix_tokens, attn.options)
+    return attention.get("mha").cost(
+        tokens, attn.head_dim * attn.num_heads, attn.num_heads, grid=grid, prefix_tokens=prefix_tokens
+    )
+
+
+def model_cost(model: VisionTransformer) -> Cost:
+    """Add up the closed forms of a timm ViT for one image: patch embedding, mixers, MLPs, norms, tokens.
+
+    MACs: P·3p²·d + Σ layers (mixer + 2·N·d·hidden), N tokens of which P are patches; hidden = 4d gives the usual 8Nd².
+    Elementwise operations, counted as in `Cost`: 7 an element of a LayerNorm, 5 of a GELU, 1 of a residual sum.
+    """
+    grid, dim = model.patch_embed.grid_size, model.embed_dim
+    patches, prefix = grid[0] * grid[1], model.num_prefix_tokens
+    tokens, kernel = patches + prefix, model.patch_embed.proj.weight[0].numel()
+    total = Cost(patches * kernel * dim, tokens * dim, kernel * dim + dim + prefix * dim + model.pos_embed.numel())
+    norm = Cost(0, 7 * tokens * dim, 2 * dim)
+    for block in model.blocks:
+        hidden = block.mlp.fc1.out_features
+        mlp = Cost(2 * tokens * dim * hidden, 5 * tokens * hidden, 2 * dim * hidden + dim + hidden)
+        scale = [Cost(0, tokens * dim, dim) for layer in (block.ls1, block.ls2) if not isinstance(layer, nn.Identity)]
+        residual = Cost(0, 2 * tokens * dim, 0)
+        mixer = mixer_cost(block.attn, tokens, grid, prefix)
+        total = sum([norm, mixer, residual, norm, mlp, *scale], start=total)
+    if isinstance(model.norm, nn.LayerNorm):
+        total += norm
+    if isinstance(model.head, nn.Linear):
+        classes = model.head.out_features
+        total += Cost(dim * classes, 0, (dim + 1) * classes)
+    return total
+
+
+def count_macs(model: nn.Module, x: torch.Tensor) -> int:
+    """Count the multiply-adds of `model(x)` with torch's FlopCounterMode, 2 FLOPs a multiply-add.
+
+    The fused attention kernels are pinned off: torch before 2.15 counts 0 for them on a CPU (pytorch#195460).
+    """
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() // 2
+
+
+def parameters(model: nn.Module) -> int:
+    """Count the parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def saving_ranges(
+    mixer: str, dim: int, heads: int, *, prefix_tokens: int = 1, max_side: int = 128, **options
+) -> list[tuple[int, int | None]]:
+    """Return the ranges of token counts (first, last) in which a layer of `mixer` needs fewer MACs than MHA.
+
+    Square grids up to max_side² patches are tried; those that the mixer cannot serve are passed over. The first of a
+    range is a crossing point N*; last is None where the mixer still saves on the largest grid.
+    """
+    kind, mha, served = attention.get(mixer), attention.get("mha"), []
+    for side in range(1, max_side + 1):
+        tokens, geometry = side * side + prefix_tokens, {"grid": (side, side), "prefix_tokens": prefix_tokens}
+        try:
+            macs = kind.cost(tokens, dim, heads, **geometry, **options).macs
+        except ValueError:
+            continue
+        served.append((tokens, macs < mha.cost(tokens, dim, heads, **geometry).macs))
+    runs = [[tokens for tokens, _ in run] for saves, run in itertools.groupby(served, itemgetter(1)) if saves]
+    return [(run[0], None if run[-1] == served[-1][0] else run[-1]) for run in runs]
