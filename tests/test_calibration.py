@@ -45,16 +45,11 @@ def test_the_demo_backbone_solves_it_zero_shot_and_lora_does_not_spoil_it(world)
     model = backbone.create("demo")
     zero_shot = score(model, world)
     assert zero_shot.mean() >= 0.85
-    tuned, _ = lora_tune(
-        model,
-        cached[64]["train"],
-        splits["train"],
-        splits["val"],
-        val_pixels=cached[64]["val"],
-        epochs=5,
-        progress=False,
-    )
-    assert score(tuned, world).mean() >= 0.90
+    train, val = (cached[64][name] for name in ("train", "val"))
+    recipe = {"epochs": 2, "batch_size": 16, "progress": False}
+    tuned, _ = lora_tune(model, train, splits["train"], splits["val"], val_pixels=val, **recipe)
+    gain = paired_difference(score(tuned, world).to_numpy(), zero_shot.to_numpy())
+    assert gain.high > 0 and gain.difference > -0.01  # 700 triplets teach it little, and must not spoil it
 
 
 def test_relations_between_distant_parts_matter(world):
