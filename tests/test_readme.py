@@ -25,7 +25,7 @@ def test_files_named_in_the_text_exist():
 def test_the_table_is_that_of_the_committed_run():
     text = (paths.ROOT / "figures/demo/numbers.tex").read_text(encoding="utf-8")
     numbers = dict(re.findall(r"\\newcommand\{\\(\w+)\}\{(.*)\}", text))
-    header, *rows = [line for line in README.splitlines() if line.startswith("| mixer") or line.startswith("| **")]
+    header, *rows = [line for line in README.splitlines() if line.startswith("| mixer |") or line.startswith("| **")]
     columns = [cell.strip() for cell in header.strip("|").split("|")]
     assert rows
     for row in rows:
