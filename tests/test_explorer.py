@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import socket
@@ -152,6 +153,12 @@ def test_without_triplets_it_names_the_notebook(tmp_path):
         Explorer("demo", dataset_root=tmp_path)
 
 
+DRAWN = """() => {
+    const images = [...document.querySelectorAll(".explorer-attention img")];
+    return images.length === 3 && images.every(image => image.complete && image.naturalWidth === 224);
+}"""
+
+
 def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
     for _ in range(240):
         try:
@@ -203,7 +210,7 @@ def lab(data, tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.filterwarnings("ignore")  # of the browser driver
 def test_a_person_clicks_through_the_notebook_in_jupyterlab(lab, tmp_path):
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import Error, expect, sync_playwright
 
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
@@ -221,8 +228,11 @@ def test_a_person_clicks_through_the_notebook_in_jupyterlab(lab, tmp_path):
             page.get_by_role("button", name="Next").click()
             expect(verdict).not_to_have_text(before, use_inner_text=True, timeout=60_000)
             expect(page.locator(".explorer-pictures")).to_contain_text("Triplet 1, 2 of 3")
-            assert attended.evaluate_all("images => images.every(i => i.complete && i.naturalWidth === 224)")
-            attended.nth(1).screenshot(path=tmp_path / "attention.png")
+            page.wait_for_function(DRAWN, timeout=60_000)
+            for _ in range(20):  # the pictures are replaced one by one, so the first found may be gone again
+                with contextlib.suppress(Error):
+                    attended.nth(1).screenshot(path=tmp_path / "attention.png", timeout=5_000)
+                    break
         finally:
             page.screenshot(path=os.environ.get("EXPLORER_SCREENSHOT", tmp_path / "page.png"))
         browser.close()
