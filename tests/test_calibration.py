@@ -15,7 +15,7 @@ from thesis_lib.training import lora_tune
 def world(tmp_path_factory):
     """Write triplets of a seed that neither the demo nor the backbone's training uses."""
     folder = tmp_path_factory.mktemp("world")
-    synthetic.write_nights(folder / "nights", {"train": 700, "val": 120, "test": 500}, seed=77)
+    synthetic.write_nights(folder / "nights", {"train": 1500, "val": 150, "test": 1200}, seed=77)
     splits = {name: NIGHTS(folder / "nights", name) for name in ("train", "val", "test")}
     cached = {
         size: {name: pixels.cache(split.paths, size, folder=folder, progress=False) for name, split in splits.items()}
@@ -40,16 +40,17 @@ def test_an_untrained_backbone_does_not_solve_the_task(world):
     assert score(backbone.create("demo", pretrained=False), world).mean() <= 0.65
 
 
-def test_the_demo_backbone_solves_it_zero_shot_and_lora_does_not_spoil_it(world):
+def test_the_demo_backbone_solves_it_zero_shot_and_better_after_lora(world):
     splits, cached = world
     model = backbone.create("demo")
     zero_shot = score(model, world)
     assert zero_shot.mean() >= 0.85
     train, val = (cached[64][name] for name in ("train", "val"))
-    recipe = {"epochs": 2, "batch_size": 16, "progress": False}
+    recipe = {"epochs": 1, "batch_size": 16, "progress": False}
     tuned, _ = lora_tune(model, train, splits["train"], splits["val"], val_pixels=val, **recipe)
-    gain = paired_difference(score(tuned, world).to_numpy(), zero_shot.to_numpy())
-    assert gain.high > 0 and gain.difference > -0.01  # 700 triplets teach it little, and must not spoil it
+    lora = score(tuned, world)
+    assert lora.mean() >= 0.9
+    assert paired_difference(lora.to_numpy(), zero_shot.to_numpy()).difference > -0.005
 
 
 def test_relations_between_distant_parts_matter(world):

@@ -92,7 +92,7 @@ def test_curves_without_intervals_and_with_two_splits_are_drawn(rows):
 def test_recovered_share_and_paired_differences_have_a_line_a_mixer(triplets):
     shares = summary.recovered(triplets)
     for ax in (plots.recovered_share(shares), plots.paired_differences(summary.paired(triplets))):
-        assert [text.get_text() for text in ax.get_yticklabels()] == ["SRA", "Pool", "MoH", "SOFT", "Identity"]
+        assert [text.get_text() for text in ax.get_yticklabels()] == ["SRA", "Pool", "SOFT", "MoH", "Identity"]
     unknown = shares.assign(value=shares["value"].where(shares["mixer"] != "sra"))  # nothing lost, nothing to recover
     assert len(plots.recovered_share(unknown).get_yticklabels()) == 4
     assert not plots.recovered_share(shares.assign(value=np.nan)).get_yticklabels()

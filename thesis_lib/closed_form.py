@@ -48,6 +48,19 @@ def model_cost(model: VisionTransformer) -> Cost:
     return total
 
 
+def activated_macs(model: VisionTransformer) -> int:
+    """Multiply-adds of one image if heads that a router turns off cost nothing; without such heads those executed.
+
+    A reading aid beside `model_cost`: MoH's published code, as ours, executes every head (arXiv 2410.11842, section 3).
+    """
+    tokens, macs = model.patch_embed.num_patches + model.num_prefix_tokens, model_cost(model).macs
+    for attn in (block.attn for block in model.blocks):
+        if hasattr(attn, "activated_macs"):
+            executed = mixer_cost(attn, tokens, model.patch_embed.grid_size, model.num_prefix_tokens).macs
+            macs += attn.activated_macs(tokens) - executed
+    return macs
+
+
 def count_macs(model: nn.Module, x: torch.Tensor) -> int:
     """Count the multiply-adds of `model(x)` with torch's FlopCounterMode, 2 FLOPs a multiply-add.
 

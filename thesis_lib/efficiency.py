@@ -22,11 +22,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from thesis_lib import attention, backbone
-from thesis_lib.closed_form import count_macs, model_cost
+from thesis_lib.closed_form import activated_macs, count_macs, model_cost
 
 UNITS = {
     "macs": "MAC",
     "macs_counted": "MAC",
+    "macs_activated": "MAC",
     "elementwise": "1",
     "params": "1",
     "latency": "ms",
@@ -178,7 +179,8 @@ def measure(
     size = model.patch_embed.img_size
     common |= {"image_size": size[0], "tokens": model.patch_embed.num_patches + model.num_prefix_tokens}
     cost, counted = model_cost(model), count_macs(model, torch.rand(1, 3, *size))
-    values = {"macs": cost.macs, "macs_counted": counted, "elementwise": cost.elementwise, "params": cost.params}
+    values = {"macs": cost.macs, "macs_counted": counted, "macs_activated": activated_macs(model)}
+    values |= {"elementwise": cost.elementwise, "params": cost.params}
     rows = [{"metric": metric, "value": value, "unit": UNITS[metric], "n": 1} for metric, value in values.items()]
     for batch in sorted(batch_sizes):
         timed = {"batch": batch}

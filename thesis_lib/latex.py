@@ -12,6 +12,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 INTERVAL = "95 % CI"
+NOTE_WIDTH = 98  # letters of a footnote that fit a thesis page
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -69,12 +70,14 @@ class Table:
     best: Mapping = field(default_factory=dict)
     note: str = ""
     group: object = None
+    best_by_group: bool = True
 
     def styler(self, *, missing: str = "–", escape: str | None = None) -> Styler:
         """Return the pandas Styler that both renderings come from."""
         frame, parts = self.frame.copy(), [self.frame.index]
         if self.group is not None:
-            parts = list(frame.groupby(self.group, sort=False).groups.values())
+            if self.best_by_group:
+                parts = list(frame.groupby(self.group, sort=False).groups.values())
             frame[self.group] = frame[self.group].where(~frame[self.group].duplicated(), "")
         styler = frame.style.hide(axis="index").format(escape=escape).format_index(escape=escape, axis=1)
         for column, digits in self.digits.items():
@@ -125,13 +128,14 @@ class Table:
         formats = []
         for column in self.frame.columns:
             name = column[-1] if isinstance(column, tuple) else column
+            formats.append(rf"@{{\hspace{{{0.4 if name == INTERVAL else 0.9}em}}}}" if formats else "@{}")
             if column in self.digits:
                 whole, _, part = zip(*(text.lstrip("-").partition(".") for text in self._shown(column)), strict=True)
                 sign = "-" if any(text.startswith("-") for text in self._shown(column)) else ""
                 formats.append(f"S[table-format={sign}{max(1, *map(len, whole))}.{max(map(len, part))}]")
             else:
-                formats.append((r"@{\hspace{0.4em}}" if name == INTERVAL else "") + "l")
-        return "".join(["@{}", *formats, "@{}"])
+                formats.append("l")
+        return "".join([*formats, "@{}"])
 
     def _note_lines(self) -> list[str]:
         columns, width = self.frame.columns, 0
@@ -140,7 +144,7 @@ class Table:
             heads = [column if columns.nlevels == 1 else column[-1] for column in members]
             texts = [max(map(len, [head, *self._shown(column)])) for head, column in zip(heads, members, strict=True)]
             width += max(sum(texts) + len(members), len(group)) + 2
-        lines = textwrap.wrap(_typeset(self.note.replace("%", r"\%")), width=int(1.1 * width))
+        lines = textwrap.wrap(_typeset(self.note.replace("%", r"\%")), width=min(int(1.1 * width), NOTE_WIDTH))
         return [rf"\multicolumn{{{len(columns)}}}{{@{{}}l@{{}}}}{{\footnotesize {line}}} \\" for line in lines]
 
 

@@ -28,11 +28,11 @@ TEXTWIDTH = 5.9  # inches; figures are included at their natural size, so that t
 COLOURS = dict(
     zip(
         MIXERS,
-        "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #882255 #999933 #7F7F7F".split(),
+        "#000000 #0072B2 #D55E00 #56B4E9 #882255 #332288 #CC79A7 #E69F00 #009E73 #999933 #7F7F7F".split(),
         strict=True,
     )
 )
-MARKERS = dict(zip(MIXERS, "os^DvP<*>p", strict=True))
+MARKERS = dict(zip(MIXERS, "os^v<hP*D>p", strict=True))
 CHOSEN, QUIET, RING = "#0072B2", "#8C8C8C", "#F0C000"
 
 

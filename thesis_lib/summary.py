@@ -11,19 +11,22 @@ import pandas as pd
 
 from thesis_lib import statistics
 
-# The names a reader sees, in the order of every table and figure. (The mixers' own labels live beside torch.)
+# The names a reader sees and the kinds, in the order of every table and figure. (The mixers' own live beside torch.)
 MIXERS = {
     "mha": "MHA",
     "sra": "SRA",
     "pool": "Pool",
-    "moh": "MoH",
-    "soft": "SOFT",
     "linformer": "Linformer",
+    "nystrom": "Nyströmformer",
+    "agent": "Agent",
+    "soft": "SOFT",
     "performer": "Performer",
-    "nystrom": "Nyström",
+    "moh": "MoH",
     "hybrid": "Hybrid",
     "identity": "Identity",
 }
+KINDS = dict(mha="exact", sra="pooled", pool="pooled", linformer="low-rank", nystrom="low-rank", agent="low-rank")
+KINDS |= dict(soft="kernel", performer="kernel", moh="sparse", hybrid="sparse", identity="none")
 STAGES = {
     "zero-shot": "Zero-shot",
     "teacher-lora": "Teacher's LoRA",

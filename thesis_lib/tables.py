@@ -14,6 +14,7 @@ from thesis_lib.latex import INTERVAL, Table, interval, macro, p_text, significa
 from thesis_lib.summary import (
     FEATURE,
     FEATURES,
+    KINDS,
     NORMALIZE,
     SPLITS,
     STAGES,
@@ -26,6 +27,7 @@ from thesis_lib.summary import (
     setting,
 )
 
+KIND = ("", "Kind")
 PUBLISHED = pd.DataFrame(
     [
         ("DINO ViT-B/16, zero-shot", None, 90.2, "VisBench (n = 1824)"),
@@ -57,18 +59,21 @@ def _scaled(cost: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def _by_mixer(parts: list[pd.DataFrame], head: str = "Mixer") -> pd.DataFrame:
-    """Put columns of several sources side by side, the mixers' names in front, in display order."""
+    """Put columns of several sources side by side, the mixers' kinds and names in front, in display order."""
     frame = pd.concat(parts, axis=1)
     frame = frame.loc[ordered(frame.index)]
     text = [column for column in frame if column[1] in (INTERVAL, "Epoch")]
     frame[text] = frame[text].fillna("")
     frame.insert(0, ("", head), [label(name) for name in frame.index])
+    frame.insert(0, KIND, [KINDS.get(name, "other") for name in frame.index])
     return frame.reset_index(drop=True)
 
 
 def _accuracy_table(frame: pd.DataFrame, note: str, digits: Mapping | None = None, **settings) -> Table:
     percent = {column: 1 for column in frame if column[1] == "%"}
     best = dict.fromkeys(percent, "max") | dict.fromkeys(digits or {}, "min")
+    if KIND in frame:
+        settings = {"group": KIND, "best_by_group": False} | settings
     return Table(frame, percent | dict(digits or {}), best, note, **settings)
 
 
@@ -165,13 +170,13 @@ def efficiency(rows: pd.DataFrame, *, backbone: str, image_size: int) -> Table:
             part[name, INTERVAL] = [interval(*pair, digits=None) for pair in ends]
         parts.append(pd.DataFrame(part, index=cost["mixer"]))
     frame, first = _by_mixer(parts), costs(rows, "macs", **where).iloc[0]
-    numeric = [column for column in frame.columns[1:] if column[1] != INTERVAL]
+    numeric = [column for column in frame.columns[2:] if column[1] != INTERVAL]
     best = {column: "max" if column[0] == "Images/s" else "min" for column in numeric}
     note = (
         f"{backbone} at {image_size} px, {first['dtype']} on {first['device']}; medians, 95 % "
         "bootstrap CI. 1 MAC is one multiply-add; softmax, norms and pooling sums are not counted."
     )
-    return Table(frame, dict.fromkeys(numeric), best, note)
+    return Table(frame, dict.fromkeys(numeric), best, note, KIND, best_by_group=False)
 
 
 def nights_splits(rows: pd.DataFrame) -> Table:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from thesis_lib import backbone as backbones
 from thesis_lib import perceptual
+from thesis_lib.attention.moh import balance_loss
 from thesis_lib.checkpoint import Checkpoint, digest, model_config
 from thesis_lib.trainer import Trainer, accelerator_on, free, make_generator, make_seed, random_state_kept, share
 
@@ -217,6 +218,9 @@ def two_afc(metric: nn.Module, pixels: Any, triplets: Any, *, batch_size: int = 
     return perceptual.two_afc_score(*perceptual.triplet_distances(embeddings, inverse.reshape(index.shape)), votes)
 
 
+BALANCE = 0.01  # MoH's weight of its routers' load balance (arXiv 2410.11842, section 4.1); nothing without routers
+
+
 def lora_tune(
     backbone: nn.Module,
     pixels: Any,
@@ -251,7 +255,7 @@ def lora_tune(
         images, votes = batch
         reference, left, right = model.embed(images.float() / 255).chunk(3)  # (3b, 3, S, S) -> three of (b, D)
         d_left, d_right = perceptual.distance(reference, left), perceptual.distance(reference, right)
-        return perceptual.hinge_loss(d_left, d_right, votes, margin=margin)
+        return perceptual.hinge_loss(d_left, d_right, votes, margin=margin) + BALANCE * balance_loss(model)
 
     def evaluate(model: nn.Module, epoch: int) -> dict[str, float]:
         metric = perceptual.Metric(model.backbone, feature=feature, normalize=True)

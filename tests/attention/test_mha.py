@@ -1,23 +1,64 @@
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from thesis_lib.attention.mha import MHA
 
+IMPLEMENTATIONS = MHA.choices["implementation"]
 
-@pytest.mark.parametrize("implementation", ["fused", "naive"])
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("layer", [{}, {"qk_norm": True}, {"scale_norm": True}, {"qkv_bias": False}], ids=str)
 def test_equals_timm(implementation, layer, attention, tokens):
     source = attention(**layer)
     mixer = MHA.from_attention(source, (8, 8), 1, implementation=implementation)
     with torch.no_grad():
         assert_close(mixer(tokens()), source(tokens()), rtol=1e-5, atol=1e-6)
-    assert mixer.state_dict().keys() == source.state_dict().keys()
+    if implementation in ("fused", "naive"):
+        assert mixer.state_dict().keys() == source.state_dict().keys()
+
+
+def test_separate_projections_are_the_rows_of_the_merged_one(attention, tokens):
+    layer, x = attention(64, 4), tokens(dim=64)
+    build = {kind: MHA.from_attention(layer, (8, 8), 1, implementation=kind) for kind in IMPLEMENTATIONS}
+    with torch.no_grad():
+        expected = build["naive"](x)
+        for kind, count in (("separate", 3), ("per-head", 12)):
+            assert len(build[kind].qkv) == count
+            assert torch.equal(torch.cat([part.weight for part in build[kind].qkv]), layer.qkv.weight)
+            assert torch.equal(torch.cat([part.bias for part in build[kind].qkv]), layer.qkv.bias)
+            assert_close(build[kind](x), expected, rtol=1e-5, atol=1e-6)
+            assert_close(build[kind].attention_map(x), build["naive"].attention_map(x))
+
+
+def test_the_controls_cost_the_same_and_launch_more(attention, tokens):
+    x, calls = tokens(), {}
+    for kind in IMPLEMENTATIONS:
+        mixer = MHA.from_attention(attention(), (8, 8), 1, implementation=kind)
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            mixer(x)
+        assert counter.get_total_flops() == 2 * len(x) * MHA.cost(65, 24, 3, implementation=kind).macs
+        assert sum(parameter.numel() for parameter in mixer.parameters()) == MHA.cost(65, 24, 3).params
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as record:
+            mixer(x)
+        calls[kind] = sum(event.count for event in record.key_averages() if event.key == "aten::linear")
+    assert calls == {"fused": 2, "naive": 2, "separate": 4, "per-head": 10}
+
+
+def test_a_default_checkpoint_is_timms(attention, tokens):
+    state = attention(seed=3).state_dict()
+    mixer = MHA.from_attention(attention(), (8, 8), 1)
+    mixer.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        assert_close(mixer(tokens()), attention(seed=3)(tokens()), rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_is_carried(attention, tokens):
     source = attention(attn_drop=0.5, proj_drop=0.5).train()
-    for implementation in ("fused", "naive"):
+    for implementation in IMPLEMENTATIONS:
         mixer = MHA.from_attention(source, (8, 8), 1, implementation=implementation)
         assert not torch.equal(mixer(tokens()), mixer(tokens()))
         mixer.eval()

@@ -1,9 +1,13 @@
 """The properties that every mixer has, for every option, grid and number of prefix tokens."""
 
 import copy
+import functools
+import math
 
 import pytest
 import torch
+from conftest import pretrained_layer
+from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
@@ -13,44 +17,97 @@ from thesis_lib.attention import KINDS, MIXERS, Cost, Mixer, get
 from thesis_lib.attention.identity import Identity
 
 OPTIONS = {
-    "mha": [{}, {"implementation": "naive"}],
-    "sra": [{}, {"pooling": "conv"}, {"proportional": False}, {"ratio": 1}, {"ratio": 1, "pooling": "conv"}],
+    "mha": [{}, {"implementation": "naive"}, {"implementation": "separate"}, {"implementation": "per-head"}],
+    "sra": [
+        {},
+        {"pooling": "conv"},
+        {"pooling": "pvt"},
+        {"proportional": False},
+        {"ratio": 1},
+        {"ratio": 1, "pooling": "conv"},
+    ],
     "pool": [{}, {"kernel": 5}, {"cls": "mean"}, {"cls": "none"}],
-    "moh": [{}, {"active": 3}, {"shared": 0, "active": 2}, {"shared": 2, "active": 3}, {"router": "norm"}],
+    "moh": [
+        {},
+        {"active": 3},
+        {"shared": 0, "active": 2},
+        {"shared": 2, "active": 3},
+        {"router": "norm"},
+        {"shared": 0, "active": 2, "dropped": [1]},
+    ],
     "soft": [{}, {"landmarks": "conv"}, {"ratio": 1, "iterations": 3}, {"ridge": 0.1}],
+    "linformer": [{}, {"rank": 16}, {"sharing": "key-value"}, {"sharing": "none"}, {"proportional": False}],
+    "performer": [{}, {"features": 64, "scaling": "chi"}, {"seed": 3}],
+    "nystrom": [{}, {"landmarks": 10, "layout": "segment"}, {"landmarks": 12}, {"iterations": 12}, {"conv": 3}],
+    "agent": [{}, {"agents": 6}, {"bias": True}, {"conv": 3}],
+    "hybrid": [
+        {},
+        {"combine": "split"},
+        {"window": 5, "dilations": [1, 3]},
+        {"dilations": [1], "linear": False},
+        {"dilations": []},
+    ],
 }
 CASES = [(name, options) for name in MIXERS for options in OPTIONS.get(name, [{}])]
-GRIDS = [(8, 8), (14, 14), (6, 10)]
+GRIDS = [((8, 8), 1), ((14, 14), 0), ((6, 10), 5)]  # and prefix tokens
 MIXES = {  # whether the class token reaches the patches, and they it
     "pool": lambda options: (False, options.get("cls") != "none"),
     "identity": lambda options: (False, False),
 }
+IMPOSSIBLE = {  # on 8x8 patches and a class token, with 3 heads: an option and what the error offers instead
+    "mha": [({"implementation": "flash"}, "'fused', 'naive'")],
+    "sra": [({"ratio": 3}, r"possible: \[1, 2, 4, 8\]"), ({"pooling": "max"}, "'avg', 'conv'")],
+    "pool": [({"kernel": 4}, r"possible: \[3, 5, 7, 9, 11, 13, 15\]"), ({"cls": "max"}, "'mean', 'none'")],
+    "moh": [
+        ({"active": 4}, "from 1 to 3"),
+        ({"shared": 3}, "from 0 to 2"),
+        ({"active": 2, "shared": 2}, "from 3 to 3"),
+    ],
+    "soft": [({"ratio": 3}, r"possible: \[1, 2, 4, 8\]"), ({"iterations": 0}, "at least 1")],
+    "linformer": [({"rank": 66}, "from 2 to 65"), ({"rank": 1}, "from 2 to 65"), ({"sharing": "layer"}, "'headwise'")],
+    "performer": [({"features": 0}, "at least 1"), ({"scaling": "none"}, "'chi', 'sqrt'")],
+    "nystrom": [({"landmarks": 65}, "from 1 to 64"), ({"landmarks": 37}, "that do: 36, 40"), ({"conv": 4}, "3, 5")],
+    "agent": [({"agents": 65}, "from 1 to 64"), ({"agents": 37}, "that do: 36, 40"), ({"conv": 4}, "3, 5")],
+    "hybrid": [
+        ({"dilations": [1, 2, 3], "combine": "split"}, "1 to 3"),
+        ({"dilations": [], "linear": False}, "at least 1"),
+        ({"dilations": [5]}, "from 1 to 4"),
+        ({"window": 1}, "at least 2"),
+    ],
+    "identity": [({"ratio": 2}, "it has none")],
+}
+# Layers that stand in for softmax attention with all tokens. The others do not: pool and identity mix by position
+# alone, soft has another kernel (Gaussian, rows not normalised).
+APPROXIMATIONS = ["sra", "moh", "linformer", "performer", "nystrom", "agent", "hybrid"]
+FLASH = ["mha", "sra", "moh", "linformer", "performer", "nystrom", "agent", "hybrid"]
 
 every_case = pytest.mark.parametrize(
     ("name", "options"), CASES, ids=[f"{name}-{'-'.join(map(str, options.values()))}" for name, options in CASES]
 )
-every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
+every_grid = pytest.mark.parametrize(
+    ("grid", "prefix"), GRIDS, ids=[f"{prefix}+{grid[0]}x{grid[1]}" for grid, prefix in GRIDS]
+)
 
 
 def assert_batch_independent(mixer: nn.Module, x: torch.Tensor) -> None:
     with torch.no_grad():
         together = mixer(x)
         for i in range(len(x)):
-            assert_close(together[i : i + 1], mixer(x[i : i + 1]), rtol=1e-4, atol=1e-5)
+            assert_close(together[i : i + 1], mixer(x[i : i + 1]), rtol=1e-5, atol=1e-6)
 
 
 @every_grid
 @every_case
-def test_shape_batch_independence_and_determinism(name, options, grid, attention, tokens):
-    mixer = get(name).from_attention(attention(), grid, 1, **options)
+def test_shape_batch_independence_and_determinism(name, options, grid, prefix, attention, tokens):
+    mixer = get(name).from_attention(attention(), grid, prefix, **options)
     assert not any(module.training for module in mixer.modules())
-    x = tokens(grid, batch=3)
+    x = tokens(grid, prefix, batch=3)
     x[1] *= 5  # a neighbour of another scale
     with torch.no_grad():
         y = mixer(x, attn_mask=None, is_causal=False)
         assert y.shape == x.shape and y.dtype == x.dtype and y.isfinite().all()
         assert torch.equal(y, mixer(x))
-    assert_batch_independent(mixer, x)
+    assert_batch_independent(mixer.double(), x.double())  # in fp32 large tokens differ by rounding
 
 
 def test_the_batch_check_sees_a_batch_dependent_mixer(attention, tokens):
@@ -74,10 +131,11 @@ def test_cost_is_what_is_counted(name, options, prefix, grid, dim, heads, attent
     assert counter.get_total_flops() == 2 * cost.macs
     assert sum(parameter.numel() for parameter in mixer.parameters()) == cost.params
     assert isinstance(cost.elementwise, int) and (cost.elementwise > 0) == (name != "identity")
-    on_meta = get(name).from_attention(attention(dim, heads).to("meta"), grid, prefix, **options)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        on_meta(x.to("meta"))
-    assert counter.get_total_flops() == 2 * cost.macs
+    if prefix == 1:
+        on_meta = get(name).from_attention(attention(dim, heads).to("meta"), grid, prefix, **options)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            on_meta(x.to("meta"))
+        assert counter.get_total_flops() == 2 * cost.macs
 
 
 @every_case
@@ -132,14 +190,16 @@ def test_who_influences_whom(name, options, attention, tokens):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradients(name, options, autocast, attention, tokens):
     mixer = get(name).from_attention(attention(), (8, 8), 1, **options).train()
-    x = tokens().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = mixer(x)
-    y.float().square().mean().backward()
+    for scale in (0.1, 30, 1):
+        mixer.zero_grad()
+        x = (scale * tokens()).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = mixer(x)
+        y.float().square().mean().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in mixer.parameters()), scale
+        assert x.grad.isfinite().all() and x.grad.any(), scale
     for key, parameter in mixer.named_parameters():
-        assert parameter.grad.isfinite().all(), key
         assert parameter.grad.any() or key.endswith("bias"), key  # a bias that shifts queries and keys alike has none
-    assert x.grad.isfinite().all() and x.grad.any()
 
 
 @every_case
@@ -204,19 +264,12 @@ def test_attention_map(name, options, attention, tokens):
     x = tokens((6, 10))
     with torch.no_grad():
         weights = mixer.attention_map(x)
-    assert weights.shape[0] == 2 and weights.shape[1] in (1, 3) and weights.shape[2:] == (61, 61)
-    assert (weights >= 0).all()
-    if name != "moh":  # there a row sums to the weight of its head
-        assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
-
-
-@pytest.mark.parametrize("name", MIXERS)
-def test_compiles_in_one_graph(name, attention, tokens):
-    mixer = get(name).from_attention(attention(), (8, 8), 1)
-    x = tokens()
-    torch._dynamo.reset()
-    with torch.no_grad():
-        assert_close(torch.compile(mixer, backend="eager", fullgraph=True)(x), mixer(x))
+    assert weights.shape[0] == 2 and 1 <= weights.shape[1] <= 3 and weights.shape[2:] == (61, 61)
+    assert weights.isfinite().all() and weights.dtype == x.dtype
+    if name != "nystrom":  # its rows are those of an average only as far as its inverse is one
+        assert (weights >= 0).all()
+        if name != "moh":  # there a row sums to the weight of its head
+            assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
 
 
 @every_case
@@ -241,22 +294,7 @@ def test_refuses_masks_and_other_shapes(name, options, attention, tokens):
         assert type(mixer).cost(73, 24, 3, **options).macs >= type(mixer).cost(65, 24, 3, **options).macs
 
 
-def test_parameter_names_that_saved_weights_rely_on(attention):
-    layers = {
-        "mha": ["qkv", "proj"],
-        "sra": ["q", "kv", "reduction", "proj"],
-        "pool": [],
-        "moh": ["qkv", "router", "proj"],
-        "soft": ["q", "v", "reduction", "proj"],
-        "identity": [],
-    }
-    for name, expected in layers.items():
-        options = {"sra": {"pooling": "conv"}, "soft": {"landmarks": "conv"}}.get(name, {})
-        state = get(name).from_attention(attention(), (8, 8), 1, **options).state_dict()
-        assert sorted({key.split(".")[0] for key in state}) == sorted(expected)
-
-
-@pytest.mark.parametrize("name", ["mha", "sra", "moh"])
+@pytest.mark.parametrize("name", FLASH)
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_softmax_mixers_run_on_the_flash_kernel(name, prefix, attention, tokens):
     mixer = get(name).from_attention(attention(), (8, 8), prefix)
@@ -267,6 +305,53 @@ def test_softmax_mixers_run_on_the_flash_kernel(name, prefix, attention, tokens)
             assert_close(mixer(x), expected)
 
 
+@functools.cache
+def layer_of_entropy(target: float, smooth: bool) -> tuple[Attention, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer whose queries and keys are scaled until the mean entropy of its attention is `target` of the maximum.
+
+    Returns it with the tokens (independent ones, or a smooth field with noise, as images are smooth), what MHA makes of
+    them, and what uniform attention does.
+    """
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4, 65, 24, generator=generator)
+    if smooth:
+        field = nn.functional.interpolate(torch.randn(4, 24, 4, 4, generator=generator), (8, 8), mode="bicubic")
+        x[:, 1:] = 0.3 * x[:, 1:] + (field / field.std()).flatten(2).mT
+    low, high = 0.01, 30.0
+    with torch.no_grad():
+        for _ in range(20):  # bisection: entropy falls as logits grow
+            scale = (low * high) ** 0.5
+            layer = pretrained_layer()
+            for parameter in (layer.qkv.weight, layer.qkv.bias):
+                parameter[:48] *= scale**0.5
+            mha = get("mha").from_attention(layer, (8, 8), 1)
+            entropy = torch.special.entr(mha.attention_map(x)).sum(-1).mean().item() / math.log(65)
+            low, high = (scale, high) if entropy > target else (low, scale)
+        assert abs(entropy - target) < 0.01
+        values = mha.query_key_value(x)[2]
+        return layer, x, mha(x), mha.project_heads(values.mean(2, keepdim=True).expand_as(values))
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("entropy", [0.55, 0.7, 0.85])
+@pytest.mark.parametrize("name", APPROXIMATIONS)
+def test_nearer_to_attention_than_the_mean_of_the_values(name, entropy, smooth):
+    """performer: 64 features on heads of 8 channels, whose queries are short; on wide heads it does not hold."""
+    layer, x, exact, uniform = layer_of_entropy(entropy, smooth)
+    options = {"features": 64} if name == "performer" else {}
+    with torch.no_grad():
+        y = get(name).from_attention(layer, (8, 8), 1, **options)(x)
+    assert (y - exact).norm() < 0.99 * (uniform - exact).norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "offered"), [(name, *case) for name, cases in IMPOSSIBLE.items() for case in cases]
+)
+def test_what_cannot_work_names_what_can(name, options, offered, attention):
+    with pytest.raises(ValueError, match=offered):
+        get(name).from_attention(attention(), (8, 8), 1, **options)
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_registry(name):
     mixer = get(name)
@@ -275,7 +360,7 @@ def test_registry(name):
 
 
 def test_registry_holds_the_mixers_by_kind():
-    assert set(MIXERS) >= {"mha", "sra", "pool", "moh", "soft", "identity"}
+    assert set(MIXERS) == set(IMPOSSIBLE)
     order = [KINDS.index(mixer.kind) for mixer in MIXERS.values()]
     assert order == sorted(order)
     with pytest.raises(ValueError, match=r"'sofd' \(did you mean soft\?\); known: mha"):

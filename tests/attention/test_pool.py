@@ -1,5 +1,6 @@
 import pytest
 import torch
+from timm.models.metaformer import Pooling
 from torch.testing import assert_close
 
 from thesis_lib.attention.pool import Pool
@@ -9,13 +10,14 @@ def images(x: torch.Tensor, grid: tuple[int, int], prefix: int = 1) -> torch.Ten
     return x[:, prefix:].mT.unflatten(-1, grid)
 
 
-def test_equals_transformers_poolformer(attention, tokens):
+def test_equals_poolformer_of_transformers_and_timm(attention, tokens):
     poolformer = pytest.importorskip("transformers.models.poolformer.modeling_poolformer")
     for kernel in (3, 5):
         x = tokens((6, 10))
         y = Pool.from_attention(attention(), (6, 10), 1, kernel=kernel)(x)
         peer = poolformer.PoolFormerPooling(kernel)
         assert_close(images(y, (6, 10)), peer(images(x, (6, 10))))
+        assert_close(images(y, (6, 10)), Pooling(kernel)(images(x, (6, 10))))
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 11])

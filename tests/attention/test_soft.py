@@ -29,6 +29,31 @@ def test_landmarks_at_every_token_give_the_full_gaussian(prefix, attention, toke
     assert error(ratio=2, ridge=0.0, iterations=60) > 1e-2
 
 
+def test_equals_the_published_formula(attention, tokens):
+    """Landmarks, iteration and order of products as published, one head at a time; 64 tokens, no class token."""
+    x, layer = tokens(prefix=0).double(), attention().double()
+    mixer = SOFT.from_attention(layer, (8, 8), 0, landmarks="conv", iterations=40)
+    with torch.no_grad():
+        torch.nn.init.normal_(mixer.reduction.weight, std=0.2, generator=torch.Generator().manual_seed(0))
+        heads = []
+        for head in range(3):
+            rows = slice(8 * head, 8 * head + 8)
+            q = torch.nn.functional.linear(x, layer.qkv.weight[:24][rows], layer.qkv.bias[:24][rows])
+            v = torch.nn.functional.linear(x, layer.qkv.weight[48:][rows], layer.qkv.bias[48:][rows])
+            landmarks = mixer.reduction(q.mT.unflatten(-1, (8, 8))).flatten(2).mT
+            q, landmarks = q / 8**0.25, landmarks / 8**0.25
+            k1, k2 = (torch.exp(-torch.cdist(a, landmarks).square() / 2) for a in (q, landmarks))
+            p = k2 + 0.01 * torch.eye(16)
+            inverse = 0.9 * 2 / k2.sum(-1).amax(-1).square()[:, None, None] * p
+            for _ in range(40):
+                inverse = 2 * inverse - inverse @ p @ inverse
+            heads.append((k1 @ inverse) @ (k1.mT @ v))
+        expected = layer.proj(torch.cat(heads, dim=-1))
+        assert_close(mixer(x), expected, rtol=1e-4, atol=1e-5)
+        uniform = layer.proj(mixer.v(x).mean(1, keepdim=True).expand_as(x))
+        assert (uniform - expected).norm() > 0.5 * expected.norm()
+
+
 def test_newton_converges_for_separate_landmarks():
     points = torch.randn(4, 49, 32, generator=torch.Generator().manual_seed(0))
     matrix = gaussian(points, points) + 0.01 * torch.eye(49)

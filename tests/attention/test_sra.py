@@ -45,7 +45,7 @@ def test_the_channels_equal_an_additive_mask(head_dim, attention, tokens):
 
 
 def test_ratio_one_is_mha(attention, tokens):
-    for pooling in ("avg", "conv"):
+    for pooling in ("avg", "conv", "pvt"):
         mixer = SRA.from_attention(attention(qk_norm=True, scale_norm=True), (8, 8), 1, ratio=1, pooling=pooling)
         expected = MHA.from_attention(attention(qk_norm=True, scale_norm=True), (8, 8), 1)(tokens())
         assert_close(mixer(tokens()), expected, rtol=1e-5, atol=1e-6)
@@ -95,14 +95,19 @@ def test_cost_of_the_published_size():
     assert extra == 2_361_600 - 2 * 768  # PVT's count less its layer norm
 
 
-def test_equals_transformers_pvt_self_attention(attention, tokens):
+@pytest.mark.parametrize(("grid", "heads", "ratio"), [((6, 10), 3, 2), ((14, 14), 4, 7), ((8, 8), 3, 8)])
+def test_equals_transformers_pvt_self_attention(grid, heads, ratio, attention, tokens):
     pvt = pytest.importorskip("transformers.models.pvt.modeling_pvt")
-    config = pvt.PvtConfig(qkv_bias=True, attention_probs_dropout_prob=0.0)
-    peer = pvt.PvtEfficientSelfAttention(config, 24, 3, sequences_reduction_ratio=2).eval()
-    mixer = SRA.from_attention(attention(), (6, 10), 0, pooling="conv")
+    config = pvt.PvtConfig(qkv_bias=True, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-5)
+    peer = pvt.PvtEfficientSelfAttention(config, 24, heads, sequences_reduction_ratio=ratio).eval()
+    build, layer = SRA.from_attention, attention(24, heads)
+    mixer, conv = (build(layer, grid, 0, ratio=ratio, pooling=pooling) for pooling in ("pvt", "conv"))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        nn.init.normal_(mixer.reduction.weight, std=0.1)
-        nn.init.normal_(mixer.reduction.bias)
+        nn.init.normal_(mixer.reduction.weight, std=0.1, generator=generator)
+        for parameter in (mixer.reduction.bias, *mixer.reduction_norm.parameters()):
+            nn.init.normal_(parameter, generator=generator)
+        conv.reduction.load_state_dict(mixer.reduction.state_dict())
         key, value = mixer.kv.weight.chunk(2), mixer.kv.bias.chunk(2)
         for linear, weight, bias in (
             (peer.query, mixer.q.weight, mixer.q.bias),
@@ -112,9 +117,21 @@ def test_equals_transformers_pvt_self_attention(attention, tokens):
             linear.weight.copy_(weight)
             linear.bias.copy_(bias)
         peer.sequence_reduction.load_state_dict(mixer.reduction.state_dict())
-        x = tokens((6, 10), 0)
-        normed = mixer.proj(peer(x, 6, 10)[0])
-        peer.layer_norm = nn.Identity()  # the deliberate difference
-        plain = mixer.proj(peer(x, 6, 10)[0])
-        assert_close(mixer(x), plain, rtol=1e-5, atol=1e-5)
-        assert (mixer(x) - normed).abs().max() > 1e-2
+        peer.layer_norm.load_state_dict(mixer.reduction_norm.state_dict())
+        x = tokens(grid, 0)
+        expected = mixer.proj(peer(x, *grid)[0])
+        assert_close(mixer(x), expected, rtol=1e-5, atol=1e-5)
+        assert (conv(x) - expected).abs().max() > 1e-2
+        peer.layer_norm = nn.Identity()  # the deliberate difference of "conv"
+        assert_close(conv(x), mixer.proj(peer(x, *grid)[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_published_layer_has_its_norm_where_it_reduces(attention, tokens):
+    mixer = SRA.from_attention(attention(), (8, 8), 1, pooling="pvt", proportional=False)
+    with torch.no_grad():
+        pooled = mixer.reduce(tokens())[:, 1:]
+        assert_close(pooled.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
+        assert_close(pooled.var(-1, correction=0), torch.ones(2, 16), atol=1e-3, rtol=0)
+    extra = SRA.cost(197, 768, 12, pooling="pvt").params - MHA.cost(197, 768, 12).params
+    assert extra == 2_361_600
+    assert isinstance(SRA.from_attention(attention(), (8, 8), 1, ratio=1, pooling="pvt").reduction_norm, nn.Identity)

@@ -3,14 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from thesis_lib.attention.base import SOFTMAX, Cost, Mixer
+from thesis_lib.attention.base import SOFTMAX, Cost, Mixer, linear_rows
 
 
 class MHA(Mixer):
     """softmax(Q K^T / sqrt(d_h)) V per head, with timm's parameter names, so that its checkpoints load as they are.
 
-    implementation: "fused" runs PyTorch's scaled_dot_product_attention, "naive" writes the N x N map to memory
-    (the same MACs; what fusion saves is traffic).
+    implementation: "fused" runs PyTorch's scaled_dot_product_attention; the others are controls of the same MACs and
+    parameters. "naive" writes the N x N map to memory (what fusion saves is traffic). "separate" also projects Q, K and
+    V by three linear layers, "per-head" by three for each head, one head after the other: 3 h launches for one. Their
+    layers hold rows of the merged one and are named qkv.0, qkv.1, ... in its order (Q, K, V, each by head).
     """
 
     name = "mha"
@@ -19,26 +21,45 @@ class MHA(Mixer):
     lora_targets = ("qkv",)
     needs_grid = False
     defaults = {"implementation": "fused"}
-    choices = {"implementation": ("fused", "naive")}
+    choices = {"implementation": ("fused", "naive", "separate", "per-head")}
 
     def build(self, attn: nn.Module) -> None:
+        self.implementation = self.options.get("implementation", "fused")  # subclasses have no such option
         self.carry(attn, "qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
+        parts = {"separate": 3, "per-head": 3 * self.num_heads}.get(self.implementation)
+        if parts:
+            rows = 3 * self.dim // parts
+            self.qkv = nn.ModuleList(linear_rows(attn.qkv, i * rows, (i + 1) * rows) for i in range(parts))
+            self.lora_targets = tuple(f"qkv.{i}" for i in range(parts))
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project tokens to normalised queries, normalised keys and values, each (B, h, N, d_h)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, N, 3, h, d_h)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.implementation == "separate":
+            q, k, v = (self.split_heads(layer(x)) for layer in self.qkv)
+        elif self.implementation == "per-head":
+            q, k, v = torch.stack([layer(x) for layer in self.qkv], dim=1).chunk(3, dim=1)
+        else:
+            qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))  # (B, N, 3, h, d_h)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
 
     def mix_heads(self, x: Tensor) -> Tensor:
         """Attention output of every head, (B, h, N, d_h)."""
-        q, k, v = self.query_key_value(x)
-        if self.options.get("implementation") == "naive":
-            return self.attn_drop(self.weights(q, k)) @ v
-        return self.attend(q, k, v)
+        if self.implementation == "per-head":
+            layers, h = list(self.qkv), self.num_heads
+            heads = zip(layers[:h], layers[h : 2 * h], layers[2 * h :], strict=True)
+            return torch.stack(
+                [self.attend_naively(self.q_norm(q(x)), self.k_norm(k(x)), v(x)) for q, k, v in heads], dim=1
+            )
+        attend = self.attend if self.implementation == "fused" else self.attend_naively
+        return attend(*self.query_key_value(x))
+
+    def attend_naively(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax attention with its map in memory, (..., N, d_h)."""
+        return self.attn_drop(self.weights(q, k)) @ v
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(d_h)), (B, h, N, N)."""
+        """softmax(q k^T / sqrt(d_h)), (..., N, N)."""
         return torch.softmax(q * self.head_dim**-0.5 @ k.mT, dim=-1)
 
     def mix(self, x: Tensor) -> Tensor:

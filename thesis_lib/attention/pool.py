@@ -12,8 +12,9 @@ class Pool(Mixer):
 
     Neighbours outside the grid do not count, so a constant grid gives 0. Nothing of the pretrained layer is kept.
     cls: what prefix tokens, which have no neighbours, receive: "mean_difference" the mean of the patches minus
-    themselves (PoolFormer's rule with the whole grid as neighbourhood), "mean" the mean alone, "none" nothing. Patches
-    never see prefix tokens.
+    themselves (PoolFormer's rule with the whole grid as neighbourhood), "mean" the mean alone, "none" nothing (for an
+    embedding that averages patches). Patches never see prefix tokens; swapping all but the last blocks leaves those as
+    attention, which joins the two (PoolFormer's hybrid).
     """
 
     name = "pool"

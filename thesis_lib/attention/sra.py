@@ -23,7 +23,8 @@ class SRA(Mixer):
     ratio: cell side, a divisor of both grid sides; 1 is MHA.
     pooling: "avg" averages the tokens of a cell before the key/value projection (the same as after it, both being
     linear, for 1/ratio^2 of its MACs); "conv" is PVT's strided convolution, here starting as that average and without
-    PVT's layer norm, so that both start from the same function.
+    PVT's layer norm, so that both start from the same function; "pvt" has the norm too, which makes it the published
+    layer and moves its start away from the pretrained one (pooled tokens get unit variance).
     proportional: add log(ratio^2) to the logits of pooled keys, which makes the mixer exact on inputs that are constant
     in each cell (ToMe's proportional attention, arXiv 2210.09461). The bias enters as product of constant channels
     appended to q and k, not as attn_mask, so that the flash kernel still applies.
@@ -34,7 +35,7 @@ class SRA(Mixer):
     label = "SRA"
     lora_targets = ("q", "kv")
     defaults = {"ratio": 2, "pooling": "avg", "proportional": True}
-    choices = {"pooling": ("avg", "conv"), "proportional": (True, False)}
+    choices = {"pooling": ("avg", "conv", "pvt"), "proportional": (True, False)}
 
     @classmethod
     def check(cls, options, heads, grid):
@@ -46,8 +47,12 @@ class SRA(Mixer):
         self.carry(attn, "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
         self.ratio = self.options["ratio"]
         self.reduction = None
-        if self.ratio > 1 and self.options["pooling"] == "conv":
-            self.reduction = averaging_conv(self.dim, self.ratio, attn.qkv.weight, bias=True)
+        self.reduction_norm = nn.Identity()
+        weight = attn.qkv.weight
+        if self.ratio > 1 and self.options["pooling"] != "avg":
+            self.reduction = averaging_conv(self.dim, self.ratio, weight, bias=True)
+            if self.options["pooling"] == "pvt":
+                self.reduction_norm = nn.LayerNorm(self.dim, device=weight.device, dtype=weight.dtype)
         self.bias_channels = bias_channels(self.head_dim, self.ratio, self.prefix_tokens, self.options)
 
     def reduce(self, x: Tensor) -> Tensor:
@@ -58,7 +63,7 @@ class SRA(Mixer):
         if self.reduction is None:
             pooled = pool_cells(patches, self.grid, self.ratio)
         else:
-            pooled = self.reduction(patches.mT.unflatten(-1, self.grid)).flatten(2).mT
+            pooled = self.reduction_norm(self.reduction(patches.mT.unflatten(-1, self.grid)).flatten(2).mT)
         return torch.cat([prefix, pooled], dim=1)
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,12 +96,17 @@ class SRA(Mixer):
     def closed_form(cls, tokens, dim, heads, grid, prefix_tokens, options) -> Cost:
         ratio, patches = options["ratio"], tokens - prefix_tokens
         keys = prefix_tokens + patches // ratio**2
-        conv = ratio > 1 and options["pooling"] == "conv"
+        conv = ratio > 1 and options["pooling"] != "avg"
+        norm = ratio > 1 and options["pooling"] == "pvt"
         width = dim + heads * bias_channels(dim // heads, ratio, prefix_tokens, options)
         return Cost(
             macs=(2 * tokens + 2 * keys) * dim**2 + 2 * tokens * keys * width + conv * patches * dim**2,
-            elementwise=tokens * dim + SOFTMAX * heads * tokens * keys + (ratio > 1 and not conv) * patches * dim,
-            params=4 * dim**2 + 4 * dim + conv * (ratio**2 * dim**2 + dim),
+            # scale, softmax, averages, layer norm
+            elementwise=tokens * dim
+            + SOFTMAX * heads * tokens * keys
+            + (ratio > 1 and not conv) * patches * dim
+            + norm * 7 * (keys - prefix_tokens) * dim,
+            params=4 * dim**2 + 4 * dim + conv * (ratio**2 * dim**2 + dim) + norm * 2 * dim,
         )
 
 

@@ -26,7 +26,7 @@ from thesis_lib.datasets import rendering, scenes
 from thesis_lib.datasets.scenes import Scene, Stream
 
 NIGHTS_SPLITS = ("train", "val", "test")
-TEMPERATURE = 0.2  # of a voter: how small a difference in dissimilarity is a coin's toss
+TEMPERATURE = 0.4  # of a voter: how small a difference in dissimilarity is a coin's toss
 MAX_VOTES = 10
 MIN_VOTES_KEPT = 4  # the published csv keeps rows of fewer than 6 unanimous votes too
 IMAGENET_KINDS = ("disc", "clover", "star")  # the categories that play ImageNet's part in is_imagenet
