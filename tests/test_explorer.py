@@ -118,6 +118,37 @@ def test_split_model_layer_head_and_query_redraw(explorer):
     assert explorer.index.max == 1 and explorer.layer.max == 6 and explorer.layer.value == 1
 
 
+def test_a_click_on_a_patch_of_the_reference_chooses_the_query(explorer):
+    assert len(explorer.mosaic.children) == 64
+    tile, before = explorer.mosaic.children[2 * 8 + 3], explorer.maps.value
+    tile.click()
+    assert explorer.query.value == (2, 3) and explorer.maps.value != before and "00E5FF" in tile.layout.border_top
+    explorer.mosaic.children[0].click()
+    assert explorer.query.value == (0, 0) and tile.layout.border_top == "none"
+    explorer.mosaic.children[0].click()
+    assert explorer.query.value == "CLS" and explorer.maps.value == before
+
+
+def test_the_mosaic_has_the_references_colours(explorer):
+    colours = [tile.style.button_color for tile in explorer.mosaic.children]
+    corner = np.asarray(explorer.images[0].convert("RGB"))[:16, :16].mean(axis=(0, 1))
+    shown = [int(colours[0][i : i + 2], 16) for i in (1, 3, 5)]
+    assert np.abs(corner - shown).max() <= 1
+    explorer.next.click()
+    assert [tile.style.button_color for tile in explorer.mosaic.children] != colours
+
+
+def test_every_mixer_shows_its_matrix_for_a_patch_and_any_head(explorer):
+    explorer.query.value, explorer.head.value = (4, 4), 3
+    negative = set()
+    for mixer in attention.MIXERS.values():
+        explorer.model.value = mixer.label
+        assert explorer.maps.value.count("<img") == 3 and "nan %" not in explorer.maps.value
+        negative |= {mixer.name} if "below zero" in explorer.maps.value else set()
+    # a token less than its neighbours have, and what inverses of landmarks subtract
+    assert {"pool"} <= negative <= {"pool", "soft", "nystrom"}
+
+
 def test_attention_maps_are_what_the_mixer_sees():
     torch.manual_seed(0)
     metric = Metric(backbone.create("demo", pretrained=False)).eval()
@@ -146,6 +177,15 @@ def test_overlay_is_brightest_where_the_weight_is():
     image = np.asarray(overlay(Image.new("RGB", (32, 32), "grey"), weights)).sum(-1)
     row, column = np.unravel_index(image.argmax(), image.shape)
     assert (row // 56, column // 56) == (1, 2)
+
+
+def test_overlay_is_blue_below_zero():
+    weights = np.full((4, 4), 0.1)
+    weights[1, 2] = -1
+    image = np.asarray(overlay(Image.new("RGB", (32, 32), "black"), weights)).astype(int)
+    red, _, blue = image[56 + 28, 2 * 56 + 28]
+    assert blue > red + 30
+    assert image[200, 20, 0] >= image[200, 20, 2] - 30
 
 
 def test_without_triplets_it_names_the_notebook(tmp_path):
@@ -228,6 +268,12 @@ def test_a_person_clicks_through_the_notebook_in_jupyterlab(lab, tmp_path):
             page.get_by_role("button", name="Next").click()
             expect(verdict).not_to_have_text(before, use_inner_text=True, timeout=60_000)
             expect(page.locator(".explorer-pictures")).to_contain_text("Triplet 1, 2 of 3")
+            page.wait_for_function(DRAWN, timeout=60_000)
+            expect(page.locator(".explorer-mosaic button")).to_have_count(64)
+            shown = attended.nth(1).get_attribute("src")
+            page.get_by_title("row 3, column 6").click()
+            expect(attended.nth(1)).not_to_have_attribute("src", shown, timeout=60_000)
+            expect(page.get_by_label("Query")).to_have_value("row 3, column 6")
             page.wait_for_function(DRAWN, timeout=60_000)
             for _ in range(20):  # the pictures are replaced one by one, so the first found may be gone again
                 with contextlib.suppress(Error):

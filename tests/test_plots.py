@@ -142,11 +142,11 @@ def test_notebook_makes_every_item_and_latex_prints_it(tmp_path, monkeypatch, tr
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), cell["id"], "exec"), scope)
     made = results.read("09_thesis_figures", profile="demo")
-    assert len(made) == 9 + 2 * 6 and made["path"].is_unique  # tables and numbers; figures twice
+    assert len(made) == 10 + 2 * 6 and made["path"].is_unique  # tables, numbers and items; figures twice
     preview = paths.ROOT / "figures" / "thesis_preview.tex"
     source = preview.read_text()
     for path in map(Path, made["path"]):
-        assert path.stem == "numbers" or f"{{{path.stem}}}" in source, f"{path} is not in the preview"
+        assert path.stem in ("numbers", "items") or f"{{{path.stem}}}" in source, f"{path} is not in the preview"
     if not shutil.which("pdflatex"):
         pytest.skip("pdflatex is not installed: the items were made, not typeset")
     shutil.copy(preview, tmp_path / "figures")

@@ -8,6 +8,7 @@ import base64
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -20,42 +21,44 @@ from torch import Tensor
 
 from thesis_lib import attention, backbone, paths
 from thesis_lib.datasets.nights import NIGHTS, SPLITS
+from thesis_lib.mixing import mixing_matrix
 from thesis_lib.perceptual import Metric, load, preprocess, two_afc_scores
 from thesis_lib.summary import ordered
 
-CHOSEN, RIGHT, WRONG = "#0072B2", "#00795A", "#B83A1B"
+CHOSEN, RIGHT, WRONG, MARK = "#0072B2", "#00795A", "#B83A1B", "#00E5FF"
+BLUES = mpl.colors.LinearSegmentedColormap.from_list("blues", ["#000004", "#2166AC", "#A6DBFF"])  # 0 as inferno's
 SIDE = 224  # pixels a picture takes on the screen
 ROLES = ("reference", "left", "right")
 ALL_HEADS, CLS = ("mean of all", "all"), ("CLS", "CLS")  # None would be "nothing chosen" to a Dropdown
 ORDER = (1, 0, 2)  # on the screen the candidates stand on either side of the reference
 
 
-def attention_maps(metric: Metric, x: Tensor, layer: int) -> Tensor | None:
-    """Return the attention map of a block's mixer, (B, heads, N, N), for images (B, 3, H, W); None if it has none."""
+def attention_maps(metric: Metric, x: Tensor, layer: int) -> Tensor:
+    """Return the effective token-mixing matrix of a block, (B, heads or 1, N, N), for images (B, 3, H, W).
+
+    Of attention these are its maps; see `thesis_lib.mixing.mixing_matrix` for the other mixers.
+    """
     seen = []
     mixer = metric.backbone.blocks[layer].attn
     hook = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    with hook, torch.inference_mode():
+    with hook, torch.no_grad():
         metric.embed(x)
-        return mixer.attention_map(seen[0])
+    return mixing_matrix(mixer, seen[0])
 
 
 def overlay(picture: Image.Image, weights: np.ndarray, *, query: tuple[int, int] | None = None) -> Image.Image:
-    """Lay weights (rows, columns) over a picture, brightest where they are largest, and frame the query's patch."""
+    """Lay weights (rows, columns) over a picture, bright where large, blue below zero, and frame the query's patch."""
     rows, columns = weights.shape
-    heat = Image.fromarray((weights / max(weights.max(), 1e-12)).astype(np.float32)).resize(
+    heat = Image.fromarray((weights / max(np.abs(weights).max(), 1e-12)).astype(np.float32)).resize(
         (SIDE, SIDE), Image.Resampling.BICUBIC
     )
-    heat = np.asarray(heat).clip(0, 1)[..., None]
+    heat = np.asarray(heat).clip(-1, 1)
+    light = np.where(heat[..., None] < 0, BLUES(-heat)[..., :3], mpl.colormaps["inferno"](heat)[..., :3])
     grey = np.asarray(picture.convert("L").convert("RGB").resize((SIDE, SIDE))) / 255
-    image = Image.fromarray(
-        (255 * (0.45 * grey + 0.55 * mpl.colormaps["inferno"](heat[..., 0])[..., :3])).astype(np.uint8)
-    )
+    image = Image.fromarray((255 * (0.45 * grey + 0.55 * light)).astype(np.uint8))
     if query is not None:
         top, left = query[0] * SIDE / rows, query[1] * SIDE / columns
-        ImageDraw.Draw(image).rectangle(
-            (left, top, left + SIDE / columns, top + SIDE / rows), outline="#00E5FF", width=2
-        )
+        ImageDraw.Draw(image).rectangle((left, top, left + SIDE / columns, top + SIDE / rows), outline=MARK, width=2)
     return image
 
 
@@ -126,6 +129,9 @@ class Explorer:
         self.layer = widgets.IntSlider(description="Layer", min=1, max=1, value=1, continuous_update=False)
         self.head = widgets.Dropdown(options=[ALL_HEADS], description="Head")
         self.query = widgets.Dropdown(options=[CLS], description="Query")
+        still = {"grid_gap": "0", "flex": "none", "align_self": "flex-start", "margin": "5px 12px 0 0"}
+        self.mosaic = widgets.GridBox(layout=widgets.Layout(**still))
+        self.mosaic.add_class("explorer-mosaic")
         self.pictures, self.verdict, self.maps = (widgets.HTML() for _ in range(3))
         for part, name in ((self.pictures, "pictures"), (self.verdict, "verdict"), (self.maps, "attention")):
             part.add_class(f"explorer-{name}")
@@ -146,9 +152,9 @@ class Explorer:
                 widgets.HTML("<b>Which candidate is nearer to the reference?</b>"),
                 widgets.HBox(self.shown, layout=wrap),
                 self.verdict,
-                widgets.HTML("<b>Where does a model look?</b>"),
+                widgets.HTML("<b>Where does a model look?</b> Click a patch to make it the query, again for CLS."),
                 widgets.HBox([self.model, self.layer, self.head, self.query], layout=wrap),
-                self.maps,
+                widgets.HBox([self.mosaic, self.maps]),
             ]
         )
 
@@ -215,13 +221,8 @@ class Explorer:
             d_left, d_right = (1 - torch.cosine_similarity(ref, other) for other in (left, right))
             score = two_afc_scores(d_left, d_right, torch.tensor([self.vote])).item()
             choice = "neither" if d_left == d_right else "left" if d_left < d_right else "right"
-            mark, tint = (
-                ("✓ agrees", RIGHT)
-                if score > 0.5
-                else ("✗ disagrees", WRONG)
-                if score < 0.5
-                else ("undecided", "inherit")
-            )
+            mark, tint = ("✓ agrees", RIGHT) if score > 0.5 else ("✗ disagrees", WRONG)
+            mark, tint = ("undecided", "inherit") if score == 0.5 else (mark, tint)
             cells = (toggle.description, f"{max(d_left.item(), 0):.4f}", f"{max(d_right.item(), 0):.4f}", choice)
             row = "".join(f"<td style='padding: 2px 14px 2px 0'>{cell}</td>" for cell in cells)
             rows.append(f"<tr>{row}<td style='color: {tint}; font-weight: bold'>{mark}</td></tr>")
@@ -233,8 +234,9 @@ class Explorer:
         """Fit the attention controls to the chosen model's depth, heads and grid, starting at the last layer."""
         blocks = self.metric(self.model.value).backbone.blocks
         rows, columns = blocks[0].attn.grid
-        places = [(f"row {r + 1}, column {c + 1}", (r, c)) for r in range(rows) for c in range(columns)]
+        places = [(f"row {r + 1}, column {c + 1}", (r, c)) for r, c in product(range(rows), range(columns))]
         heads = [(str(h + 1), h) for h in range(blocks[0].attn.num_heads)]
+        new_grid = tuple(self.query.options) != (CLS, *places)
         with self._quietly():
             if self.layer.max != len(blocks):
                 self.layer.max = len(blocks)
@@ -242,7 +244,25 @@ class Explorer:
             for control, options in ((self.head, [ALL_HEADS, *heads]), (self.query, [CLS, *places])):
                 if tuple(control.options) != tuple(options):
                     control.options = options
+        if new_grid:
+            self._tile(rows, columns)
         self._show_maps()
+
+    def _tile(self, rows: int, columns: int) -> None:
+        """Make the reference's patches as buttons that choose the query."""
+        size = f"{SIDE // max(rows, columns)}px"
+        self.mosaic.layout.grid_template_columns = f"repeat({columns}, {size})"
+        self.mosaic.layout.grid_auto_rows = size
+        tiles = []
+        for place in product(range(rows), range(columns)):
+            layout = widgets.Layout(width=size, height=size, margin="0", padding="0")
+            tile = widgets.Button(layout=layout, tooltip=f"row {place[0] + 1}, column {place[1] + 1}")
+            tile.on_click(lambda _, place=place: self._click(place))
+            tiles.append(tile)
+        self.mosaic.children = tiles
+
+    def _click(self, place: tuple[int, int]) -> None:
+        self.query.value = CLS[1] if self.query.value == place else place
 
     def _show_maps(self) -> None:
         if self.quiet:
@@ -250,19 +270,29 @@ class Explorer:
         metric = self.metric(self.model.value)
         mixer = metric.backbone.blocks[self.layer.value - 1].attn
         maps = attention_maps(metric, self._images(metric), self.layer.value - 1)
-        if maps is None:
-            self.maps.value = f"{mixer.label} has no attention map: its tokens are not averages of other tokens."
-            return
         rows, columns = mixer.grid
         query = None if self.query.value == "CLS" else self.query.value
+        self._paint(rows, columns, query)
         token = 0 if query is None else mixer.prefix_tokens + query[0] * columns + query[1]
-        weights = maps.mean(1) if self.head.value == "all" else maps[:, self.head.value]  # (3, N, N)
-        weights = weights[:, token].float().numpy()  # (3, N)
+        head = self.head.value
+        # (3, N, N); a layer without heads has one matrix for all
+        weights = maps.mean(1) if head == "all" else maps[:, min(head, maps.shape[1] - 1)]
         tags = []
         for role in ORDER:
-            patches = weights[role, mixer.prefix_tokens :].reshape(rows, columns)
-            share = 100 * weights[role, : mixer.prefix_tokens].sum()
-            caption = f"{ROLES[role]}<br>{share:.1f} % on CLS, at most {100 * patches.max():.1f} % on a patch"
-            picture = overlay(self.images[role], patches, query=query)
+            row = weights[role, token].float().numpy()  # (N,)
+            row = 100 * row / max(np.abs(row).sum(), 1e-12)
+            cls, patches = np.split(row, [mixer.prefix_tokens])
+            caption = (
+                f"{ROLES[role]}<br>{np.abs(cls).sum():.1f} % on CLS, at most {np.abs(patches).max():.1f} % on a patch"
+            )
+            caption += f"<br>{-row[row < 0].sum():.1f} % below zero (blue)" if (row < 0).any() else ""
+            picture = overlay(self.images[role], patches.reshape(rows, columns), query=query)
             tags.append(picture_tag(picture, f"attention in {ROLES[role]}", caption=caption))
         self.maps.value = "".join(tags)
+
+    def _paint(self, rows: int, columns: int, query: tuple[int, int] | None) -> None:
+        """Give the mosaic the reference's colours and mark the query."""
+        colours = np.asarray(self.images[0].convert("RGB").resize((columns, rows), Image.Resampling.BOX))
+        for tile, place in zip(self.mosaic.children, product(range(rows), range(columns)), strict=True):
+            tile.style.button_color = mpl.colors.to_hex(colours[place] / 255)
+            tile.layout.border = f"2px solid {MARK}" if place == query else "none"

@@ -3,10 +3,10 @@
 import copy
 import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import pretrained_layer
 from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -306,7 +306,9 @@ def test_softmax_mixers_run_on_the_flash_kernel(name, prefix, attention, tokens)
 
 
 @functools.cache
-def layer_of_entropy(target: float, smooth: bool) -> tuple[Attention, torch.Tensor, torch.Tensor, torch.Tensor]:
+def layer_of_entropy(
+    attention: Callable[..., Attention], target: float, smooth: bool
+) -> tuple[Attention, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A layer whose queries and keys are scaled until the mean entropy of its attention is `target` of the maximum.
 
     Returns it with the tokens (independent ones, or a smooth field with noise, as images are smooth), what MHA makes of
@@ -321,7 +323,7 @@ def layer_of_entropy(target: float, smooth: bool) -> tuple[Attention, torch.Tens
     with torch.no_grad():
         for _ in range(20):  # bisection: entropy falls as logits grow
             scale = (low * high) ** 0.5
-            layer = pretrained_layer()
+            layer = attention()
             for parameter in (layer.qkv.weight, layer.qkv.bias):
                 parameter[:48] *= scale**0.5
             mha = get("mha").from_attention(layer, (8, 8), 1)
@@ -335,9 +337,9 @@ def layer_of_entropy(target: float, smooth: bool) -> tuple[Attention, torch.Tens
 @pytest.mark.parametrize("smooth", [True, False])
 @pytest.mark.parametrize("entropy", [0.55, 0.7, 0.85])
 @pytest.mark.parametrize("name", APPROXIMATIONS)
-def test_nearer_to_attention_than_the_mean_of_the_values(name, entropy, smooth):
+def test_nearer_to_attention_than_the_mean_of_the_values(name, entropy, smooth, attention):
     """performer: 64 features on heads of 8 channels, whose queries are short; on wide heads it does not hold."""
-    layer, x, exact, uniform = layer_of_entropy(entropy, smooth)
+    layer, x, exact, uniform = layer_of_entropy(attention, entropy, smooth)
     options = {"features": 64} if name == "performer" else {}
     with torch.no_grad():
         y = get(name).from_attention(layer, (8, 8), 1, **options)(x)
