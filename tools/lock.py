@@ -1,6 +1,6 @@
-"""Print requirements.lock: what thesis_lib[test] needs, all of it, pinned to what this environment has.
+"""Print requirements.lock: what thesis_lib needs with the extras that tests use, pinned to what this environment has.
 
-python -m pip install -U -e '.[test]' && ./run_tests.sh && python tools/lock.py > requirements.lock
+python -m pip install -U -e '.[test,peers,diffusion,export]' && ./run_tests.sh && python tools/lock.py > requirements.lock
 """
 
 import importlib.metadata
@@ -35,7 +35,7 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 
 if __name__ == "__main__":
     print("# Exact pins of the environment that the tests ran in. Made by tools/lock.py.")
-    packages = closure("thesis_lib", frozenset({"", "test"}))
+    packages = closure("thesis_lib", frozenset({"", "test", "peers", "diffusion", "export"}))
     for name in sorted(packages.keys() - {"thesis-lib"}):
         version = packages[name].version.split("+")[0]
         print(f"{name}=={version}" + ('; sys_platform == "linux"' if LINUX_ONLY.match(name) else ""))
