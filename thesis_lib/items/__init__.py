@@ -5,14 +5,19 @@ from types import ModuleType
 
 from thesis_lib import paths
 
-STUDIES = ("attention_transfer", "adaptive_tokens", "classification", "correspondence")
+STUDIES = {
+    "05_attention_transfer": "attention_transfer",
+    "06_adaptive_tokens": "adaptive_tokens",
+    "07_image_classification": "classification",
+    "08_semantic_correspondence": "correspondence",
+}
 
 
 def studies(profile: str) -> list[ModuleType]:
-    """Import the modules of those studies whose notebook has run.
+    """Import the modules of those studies whose notebook has run, in the notebooks' order.
 
-    Each has NOTEBOOK, CAPTIONS (by file stem) and make(profile), which returns tables and figures by file stem, and
-    numbers by LaTeX macro.
+    Each has CAPTIONS (by file stem) and make(profile), which returns tables and figures by file stem, and numbers by
+    LaTeX macro.
     """
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in STUDIES]
-    return [m for m in modules if (paths.RESULTS / profile / f"{m.NOTEBOOK}.parquet").is_file()]
+    ran = [name for notebook, name in STUDIES.items() if (paths.RESULTS / profile / f"{notebook}.parquet").is_file()]
+    return [importlib.import_module(f"{__name__}.{name}") for name in ran]
