@@ -71,9 +71,10 @@ def test_holm_is_step_down_and_keeps_the_order():
 
 def test_comparison_shows_percent_intervals_and_bolds_the_best(rows, costs):
     table = tables.mixer_comparison(rows, costs)
-    cells = {line[1]: line[2:] for line in body(table)}
+    cells = {line[0]: line[1:] for line in body(table)}
     assert list(cells) == ["MHA", "SRA", "Pool", "SOFT", "MoH", "Identity"]
-    assert [line[0] for line in body(table)] == ["exact", "pooled", "", "kernel", "sparse", "none"]
+    assert table.latex("a test").count(r"\addlinespace") == 4  # between exact, pooled, kernel, sparse, none
+    assert "Kinds, from the top: exact, pooled, kernel, sparse, none." in note(table)
     mha = rows.query(
         "mixer == 'mha' and stage == 'zero-shot' and split == 'test' and feature == 'cls' and normalize"
     ).iloc[0]
@@ -95,7 +96,8 @@ def test_latex_is_a_bare_tabular_with_its_source(rows):
     )
     assert r"\cmidrule(lr){3-4} \cmidrule(lr){5-6} \cmidrule(lr){7-8}" in lines
     assert lines.count(r"\addlinespace") == 3  # between the four stages
-    assert "n = 600" in lines[4] and "CLS before the final norm" in note(tables.nights_splits(rows))
+    text = note(tables.nights_splits(rows))
+    assert "All: n = 600" in text and "CLS before the final norm" in text
     assert not re.search(r"(?<!\\)%|[–−<]", "\n".join(lines[1:]).replace("% needs", "")), "LaTeX would not print this"
 
 
@@ -130,7 +132,7 @@ def test_recovered_share_is_one_for_the_tuned_model_itself(triplets):
 def test_where_nothing_was_lost_there_is_no_share(rows, triplets):
     same = triplets.assign(score=1.0)
     assert summary.recovered(same)["value"].isna().all()
-    cells = {line[1]: line[-2:] for line in body(tables.lora_tuning(rows, same))}
+    cells = {line[0]: line[-2:] for line in body(tables.lora_tuning(rows, same))}
     assert cells["SRA"] == ["{--}", ""]
     assert "SraLoraRecovered" not in tables.numbers(rows, same)
 

@@ -3,7 +3,7 @@
 import math
 import re
 import textwrap
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,14 +70,13 @@ class Table:
     best: Mapping = field(default_factory=dict)
     note: str = ""
     group: object = None
-    best_by_group: bool = True
+    parts: Sequence = ()
 
     def styler(self, *, missing: str = "–", escape: str | None = None) -> Styler:
         """Return the pandas Styler that both renderings come from."""
         frame, parts = self.frame.copy(), [self.frame.index]
         if self.group is not None:
-            if self.best_by_group:
-                parts = list(frame.groupby(self.group, sort=False).groups.values())
+            parts = list(frame.groupby(self.group, sort=False).groups.values())
             frame[self.group] = frame[self.group].where(~frame[self.group].duplicated(), "")
         styler = frame.style.hide(axis="index").format(escape=escape).format_index(escape=escape, axis=1)
         for column, digits in self.digits.items():
@@ -99,8 +98,9 @@ class Table:
             hrules=True, siunitx=True, convert_css=True, multicol_align="c", column_format=self._column_format()
         )
         lines = _typeset(text).splitlines()
-        if self.group is not None:
-            starts = np.flatnonzero(~self.frame[self.group].duplicated())[1:]
+        labels = pd.Series(self.parts) if self.group is None else self.frame[self.group]
+        if len(labels):
+            starts = np.flatnonzero(~labels.duplicated())[1:]
             for start in reversed(starts + lines.index(r"\midrule") + 1):
                 lines.insert(start, r"\addlinespace")
         if columns.nlevels > 1:

@@ -27,7 +27,6 @@ from thesis_lib.summary import (
     setting,
 )
 
-KIND = ("", "Kind")
 PUBLISHED = pd.DataFrame(
     [
         ("DINO ViT-B/16, zero-shot", None, 90.2, "VisBench (n = 1824)"),
@@ -59,21 +58,28 @@ def _scaled(cost: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def _by_mixer(parts: list[pd.DataFrame], head: str = "Mixer") -> pd.DataFrame:
-    """Put columns of several sources side by side, the mixers' kinds and names in front, in display order."""
+    """Put columns of several sources side by side, the mixers' names in front, in display order."""
     frame = pd.concat(parts, axis=1)
     frame = frame.loc[ordered(frame.index)]
     text = [column for column in frame if column[1] in (INTERVAL, "Epoch")]
     frame[text] = frame[text].fillna("")
     frame.insert(0, ("", head), [label(name) for name in frame.index])
-    frame.insert(0, KIND, [KINDS.get(name, "other") for name in frame.index])
     return frame.reset_index(drop=True)
+
+
+def _kinds(frame: pd.DataFrame) -> list[str]:
+    """Return the kind of the mixer in each row of a `_by_mixer` frame."""
+    kinds = {label(name): kind for name, kind in KINDS.items()}
+    return [kinds.get(name, "other") for name in frame.iloc[:, 0]]
+
+
+def _kinds_note(frame: pd.DataFrame) -> str:
+    return f" Kinds, from the top: {', '.join(dict.fromkeys(_kinds(frame)))}."
 
 
 def _accuracy_table(frame: pd.DataFrame, note: str, digits: Mapping | None = None, **settings) -> Table:
     percent = {column: 1 for column in frame if column[1] == "%"}
     best = dict.fromkeys(percent, "max") | dict.fromkeys(digits or {}, "min")
-    if KIND in frame:
-        settings = {"group": KIND, "best_by_group": False} | settings
     return Table(frame, percent | dict(digits or {}), best, note, **settings)
 
 
@@ -108,7 +114,8 @@ def mixer_comparison(rows: pd.DataFrame, efficiency_rows: pd.DataFrame | None = 
             cost = costs(efficiency_rows, metric, **setting(main))
             parts.append(_scaled(cost[cost["mixer"].isin(main["mixer"])], name))
     frame = _by_mixer(parts)
-    return _accuracy_table(frame, _accuracy_note(main), {column: None for column in frame if column[0] == "Cost"})
+    digits = {column: None for column in frame if column[0] == "Cost"}
+    return _accuracy_table(frame, _accuracy_note(main) + _kinds_note(frame), digits, parts=_kinds(frame))
 
 
 def lora_tuning(rows: pd.DataFrame, triplets: pd.DataFrame) -> Table:
@@ -117,11 +124,9 @@ def lora_tuning(rows: pd.DataFrame, triplets: pd.DataFrame) -> Table:
     main = main[main["stage"].isin(["zero-shot", "teacher-lora", "lora"])]
     parts = [_accuracy(part, STAGES[stage]) for stage, part in main.groupby("stage", sort=False)]
     share = _shares(triplets, "lora", main)
-    if share.empty:
-        return _accuracy_table(_by_mixer(parts), _accuracy_note(main))
-    return _accuracy_table(
-        _by_mixer([*parts, _accuracy(share, "Recovered")]), _accuracy_note(main) + _recovered_note(share)
-    )
+    parts += [] if share.empty else [_accuracy(share, "Recovered")]
+    frame, note = _by_mixer(parts), _accuracy_note(main) + ("" if share.empty else _recovered_note(share))
+    return _accuracy_table(frame, note, parts=_kinds(frame))
 
 
 def distillation(rows: pd.DataFrame, triplets: pd.DataFrame) -> Table:
@@ -170,32 +175,33 @@ def efficiency(rows: pd.DataFrame, *, backbone: str, image_size: int) -> Table:
             part[name, INTERVAL] = [interval(*pair, digits=None) for pair in ends]
         parts.append(pd.DataFrame(part, index=cost["mixer"]))
     frame, first = _by_mixer(parts), costs(rows, "macs", **where).iloc[0]
-    numeric = [column for column in frame.columns[2:] if column[1] != INTERVAL]
+    numeric = [column for column in frame.columns[1:] if column[1] != INTERVAL]
     best = {column: "max" if column[0] == "Images/s" else "min" for column in numeric}
     note = (
         f"{backbone} at {image_size} px, {first['dtype']} on {first['device']}; medians, 95 % "
         "bootstrap CI. 1 MAC is one multiply-add; softmax, norms and pooling sums are not counted."
     )
-    return Table(frame, dict.fromkeys(numeric), best, note, KIND, best_by_group=False)
+    return Table(frame, dict.fromkeys(numeric), best, note, parts=_kinds(frame))
 
 
 def nights_splits(rows: pd.DataFrame) -> Table:
     """The published test numbers for every mixer and stage: all of test, its ImageNet part, the rest."""
-    columns = {}
+    columns, counts = {}, {}
     for split, name in SPLITS.items():
         if ((rows["metric"] == "2afc") & (rows["split"] == split)).any():
             part = scores(rows, split=split)
             ends = part[["low", "high"]].to_numpy(dtype=float)
             keys = pd.MultiIndex.from_frame(part[["stage", "mixer"]])
-            group = f"{name} (n = {int(part['n'].max())})"
-            columns[group, "%"] = pd.Series((100 * part["value"].astype(float)).round(1).to_numpy(), index=keys)
-            columns[group, INTERVAL] = pd.Series([interval(*e, scale=100) for e in ends], index=keys)
+            counts[name] = int(part["n"].max())
+            columns[name, "%"] = pd.Series((100 * part["value"].astype(float)).round(1).to_numpy(), index=keys)
+            columns[name, INTERVAL] = pd.Series([interval(*e, scale=100) for e in ends], index=keys)
     main = scores(rows)
     frame = pd.DataFrame(columns).loc[pd.MultiIndex.from_frame(main[["stage", "mixer"]])]
     frame = frame.fillna({column: "" for column in frame if column[1] == INTERVAL}).reset_index(drop=True)
     frame.insert(0, ("", "Mixer"), main["mixer"].map(label))
     frame.insert(0, ("", "Stage"), main["stage"].map(lambda stage: STAGES.get(stage, stage)))
-    return _accuracy_table(frame, _accuracy_note(main), group=("", "Stage"))
+    sizes = " " + ", ".join(f"{name}: n = {n}" for name, n in counts.items()) + "."
+    return _accuracy_table(frame, _accuracy_note(main) + sizes, group=("", "Stage"))
 
 
 def paired_tests(triplets: pd.DataFrame) -> Table:

@@ -87,6 +87,7 @@ def fit(
     evaluate: Callable[[nn.Module, int], Mapping[str, float | None]] | None = None,
     eval_every: int = 1,
     select: str | None = "2afc",
+    patience: int | None = None,
     checkpoint: str | Path | None = None,
     resume: bool | str = True,
     config: Mapping | None = None,
@@ -108,6 +109,7 @@ def fit(
     ema_decay: e = d*e + (1-d)*w after each step, from the initial weights; e is then evaluated, selected and returned.
     evaluate(model, epoch): values for the row, every `eval_every` epochs and after the last; None: not measured now.
     select: the first epoch with the highest value of this name is the best; None: the last.
+    patience: stop after so many epochs without a new best (early stopping); None: never.
     checkpoint: folder, rewritten after each epoch. resume: True or "allow" goes on from the checkpoint where there is
         one, "must" needs one, False replaces it. On a CPU a resumed run gives the same weights and rows, times apart,
         bit for bit. One of another configuration is refused; `config` adds plain values that must agree (data, batch
@@ -134,6 +136,7 @@ def fit(
     if checkpoint is not None:
         own = {**rate, "weight_decay": weight_decay, "betas": betas, "grad_clip": grad_clip, "ema_decay": ema_decay}
         own |= {"eval_every": eval_every, "select": select, "seed": seed, "mixed_precision": mixed_precision}
+        own |= {"patience": patience} if patience else {}  # checkpoints from before it existed stay valid
         own |= {"processes": world, "steps": steps, "epochs": "any" if schedule == "constant" else epochs}
         run = Checkpoint(checkpoint, {**own, "task": config or {}, "model": model_config(model, optimizer)})
         state = run.load() if resume else None
@@ -148,6 +151,8 @@ def fit(
             bar.n = bar.initial = len(trainer.rows) * steps
         with random_state_kept(accelerator.device):
             for epoch in range(len(trainer.rows) + 1, epochs + 1):
+                if patience and trainer.best and epoch - 1 - trainer.best[0] >= patience:
+                    break
                 rates = [rate_at(epoch - 1 + step / steps) for step in range(steps)]
                 own_batches = share(batches(epoch, make_generator(seed, epoch)), rank, world)
                 set_seed(make_seed(seed, epoch, 1 + rank))
