@@ -1,0 +1,91 @@
+"""What a classifier costs: operations, memory of use and of training, time, and how they grow with the image."""
+
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thesis_lib import efficiency
+from thesis_lib.classifier import ViTForImageClassification
+from thesis_lib.closed_form import count_macs, model_cost
+
+
+def cost_rows(
+    model: ViTForImageClassification, *, device: str = "cpu", batch_size: int = 64, runs: int = 30, seconds: float = 5.0
+) -> list[dict]:
+    """Measure what a model costs: rows of parameters, MACs in closed form and counted, file size, memory and speed.
+
+    Latency of one image is a median with its bootstrap interval, and `mean` and `std` beside it. Memory is the most
+    held beyond weights and images: "peak_memory" to classify one image, "training_memory" in one step of AdamW.
+    """
+    model = copy.deepcopy(model).to(device).eval()
+    shape = (model.config["num_channels"], model.config["image_size"], model.config["image_size"])
+    one, many = torch.rand(1, *shape, device=device), torch.rand(batch_size, *shape, device=device)
+    cost, bytes_ = model_cost(model.vit), sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    exact = {"params": (cost.params, "1"), "macs": (cost.macs, "MAC"), "macs_counted": (count_macs(model, one), "MAC")}
+    rows = [{"metric": metric, "value": value, "unit": unit, "n": 1} for metric, (value, unit) in exact.items()]
+    rows.append({"metric": "weights_size", "value": bytes_ / 1e6, "unit": "MB", "n": 1})
+    rows += timing_rows(model, one, runs=runs, seconds=seconds)
+    rows.append(efficiency.throughput(model, many, runs=runs, warmup=2, seconds=seconds) | {"batch": batch_size})
+    held, _ = efficiency.peak_memory(_training_step(model), many)
+    rows.append(held | {"metric": "training_memory", "batch": batch_size})
+    return [{key: value for key, value in row.items() if key != "samples"} for row in rows]
+
+
+def timing_rows(model: nn.Module, x: Tensor, **timing: Any) -> list[dict]:
+    """Measure latency, with mean and standard deviation, and peak memory at the batch of `x`."""
+    row = efficiency.latency(model, x, **timing)
+    spread = {"mean": float(np.mean(row["samples"])), "std": float(np.std(row["samples"])), "batch": len(x)}
+    return [row | spread, efficiency.peak_memory(model, x)[0] | {"batch": len(x)}]
+
+
+def _training_step(model: nn.Module) -> Callable[[Tensor], None]:
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step(x: Tensor) -> None:
+        with torch.inference_mode(False), torch.enable_grad():  # `peak_memory` measures under inference mode
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long, device=x.device)).backward()
+            optimizer.step()
+
+    return step
+
+
+def scaling_rows(
+    config: Mapping[str, Any],
+    mixers: Mapping[str, Mapping[str, Any]],
+    image_sizes: Sequence[int],
+    *,
+    timed: Collection[str] | None = None,
+    device: str = "cpu",
+    runs: int = 10,
+    seconds: float = 0.5,
+) -> list[dict]:
+    """Give MACs in closed form and measure latency and memory of one image, over image sizes, with random weights.
+
+    mixers: configuration keys by mixer; timed: those that are measured as well, None for all. A size that a mixer
+    cannot serve, or that this machine has no memory for, gives rows without a value and with a note.
+    """
+    rows = []
+    for size, (name, keys) in ((size, item) for size in image_sizes for item in mixers.items()):
+        tokens = (size // config["patch_size"]) ** 2
+        common = {"mixer": name, "image_size": size, "tokens": tokens, "stage": "scaling"}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                model = ViTForImageClassification(dict(config) | dict(keys) | {"image_size": size}).eval().to(device)
+            found = [{"metric": "macs", "value": model_cost(model.vit).macs, "unit": "MAC", "n": 1}]
+            if timed is None or name in timed:
+                x = torch.rand(1, config["num_channels"], size, size, device=device)
+                found += timing_rows(model, x, runs=runs, warmup=1, seconds=seconds)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            note = str(error) if isinstance(error, ValueError) else efficiency.refusal(error)
+            if note is None:
+                raise
+            found = efficiency.missing(("macs", "latency", "peak_memory"), note)
+        rows += [{key: value for key, value in (row | common).items() if key != "samples"} for row in found]
+    return rows
