@@ -416,3 +416,14 @@ def test_pixels_that_cannot_be_embedded_are_refused(model):
             perceptual.embed_pixels(metric, Pixels(2), progress=False, **arguments)
     with pytest.raises(ValueError, match=r"got \(2, 3, 40, 40\)"):
         perceptual.embed_pixels(metric, Pixels(2, size=40), progress=False)
+
+
+def test_a_saved_metric_merges_the_tokens_it_merged(tmp_path):
+    from thesis_lib.token_merging import merge_tokens
+
+    metric = perceptual.Metric(merge_tokens(backbone.create("demo"), 4)).eval()
+    loaded, _ = perceptual.load(perceptual.save(metric, tmp_path / "merged"))
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plain = perceptual.Metric(backbone.create("demo")).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded.embed(x), metric.embed(x)) and not torch.allclose(metric.embed(x), plain.embed(x))

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from thesis_lib import attention, backbone
+from thesis_lib import attention, backbone, class_token
 from thesis_lib.statistics import Interval, bootstrap_mean
+from thesis_lib.token_merging import merge_tokens
 
 FEATURES = ("cls", "cls_norm", "cls_patch")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -126,8 +127,12 @@ class Metric(nn.Module):
         return self._embed(x)
 
     def _embed(self, x: Tensor) -> Tensor:
+        x = (x - self.mean) / self.std
+        if self.feature != "cls_patch" and class_token.applies(self.backbone):
+            cls = class_token.last_class_token(self.backbone, x)  # (B, D), without the last block's other tokens
+            return self._centre(self.backbone.norm(cls) if self.feature == "cls_norm" else cls)
         ((patches, prefix),) = self.backbone.forward_intermediates(
-            (x - self.mean) / self.std,
+            x,
             indices=1,  # the last block
             return_prefix_tokens=True,
             norm=self.feature == "cls_norm",
@@ -215,6 +220,8 @@ def _load_folder(folder: Path) -> Metric:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'metric.json'} is corrupt: {error!r}.") from error
     model = backbone.create(**arguments, pretrained=False)
+    if "token_merging" in recipe:
+        merge_tokens(model, **recipe["token_merging"])
     return Metric(backbone.load_weights(model, folder / "model.safetensors"), **options)
 
 
@@ -258,6 +265,14 @@ def embed_pixels(
     finally:
         metric.train(was_training)
     return torch.cat(parts).cpu()  # outside inference mode, so that a student can be trained on it
+
+
+def __getattr__(name: str) -> Any:
+    if name == "embed_folder":  # thesis_lib.embed builds on this module, so it is imported when asked for
+        from thesis_lib.embed import embed_folder
+
+        return embed_folder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
