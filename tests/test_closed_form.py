@@ -67,3 +67,11 @@ def test_saving_ranges():
     }
     saving = [side**2 + 1 for side, (soft, mha) in costs.items() if soft < mha]
     assert (first, last) == (saving[0], saving[-1]) and 197 in saving
+
+
+def test_activated_macs_count_only_the_heads_that_are_on():
+    plain, gated = tiny(), tiny("moh")
+    assert closed_form.activated_macs(plain) == closed_form.model_cost(plain).macs
+    off = closed_form.model_cost(gated).macs - closed_form.activated_macs(gated)
+    dim, tokens, layers = 48, 17, 3
+    assert off == layers * (2 * tokens * dim * 16 + 2 * tokens**2 * 16)  # q, proj, q k^T, weights v of 1 of 3 heads

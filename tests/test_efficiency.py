@@ -73,6 +73,7 @@ def test_measure_gives_every_row_of_the_protocol():
     assert found == {
         ("macs", None),
         ("macs_counted", None),
+        ("macs_activated", None),
         ("elementwise", None),
         ("params", None),
         ("latency", 1),

@@ -19,9 +19,9 @@ def nights_root(tmp_path_factory):
 
 
 def test_rendering_is_the_same_bytes_everywhere():
-    """The digest was taken once; it changes only with scenes.VERSION."""
+    """The digest was taken once; it changes only with scenes.VERSION (2 changed votes alone)."""
     pictures = [rendering.render(scenes.draw_scene(Stream(1, i)), i, 64).tobytes() for i in range(8)]
-    assert (scenes.VERSION, hashlib.sha256(b"".join(pictures)).hexdigest()[:16]) == (1, "399b19f63bca75a8")
+    assert (scenes.VERSION, hashlib.sha256(b"".join(pictures)).hexdigest()[:16]) == (2, "399b19f63bca75a8")
 
 
 def test_views_change_the_picture_but_not_the_judgement():
@@ -72,7 +72,7 @@ def test_votes_follow_the_dissimilarity_and_are_balanced():
     assert sum(t.right_vote for t in triplets) == 150
     margins = [scenes.dissimilarity(t.reference, t.left) - scenes.dissimilarity(t.reference, t.right) for t in triplets]
     agree = [(margin > 0) == bool(t.right_vote) for margin, t in zip(margins, triplets, strict=True)]
-    assert np.mean(agree) > 0.98
+    assert np.mean(agree) > 0.96
     assert all(synthetic.MIN_VOTES_KEPT <= t.votes <= synthetic.MAX_VOTES for t in triplets)
     assert 0.02 < np.mean([t.votes < 6 for t in triplets]) < 0.2
 
