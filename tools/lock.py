@@ -1,6 +1,7 @@
 """Print requirements.lock: what thesis_lib needs with the extras that tests use, pinned to what this environment has.
 
-python -m pip install -U -e '.[test,peers,diffusion,export]' && ./run_tests.sh && python tools/lock.py > requirements.lock
+python -m pip install -U -e '.[test,peers,diffusion,export]'
+./run_tests.sh && python tools/lock.py > requirements.lock
 """
 
 import importlib.metadata
