@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+import torch
+from halting_models import VARIED, halting_vit, images
+
+from thesis_lib.adaptive_speed import beta_for_tokens, engine_rows, engines, interleaved, speedup_rows, time_rows
+from thesis_lib.adaptive_tokens import AdaptiveViT, Halting
+from thesis_lib.token_removal import TokenRemoval
+
+
+@pytest.mark.parametrize("share", [0.4, 0.65, 0.9])
+def test_beta_for_tokens(share):
+    model = AdaptiveViT(halting_vit(cls=-8.0), Halting(1.0, -1.0))
+    beta = beta_for_tokens(model, images(16), share)
+    assert model.halting == Halting(1.0, -1.0)
+    model.halting = Halting(1.0, beta)
+    used = TokenRemoval(model).run(images(16)).tokens.float().mean().item() / 17
+    assert used == pytest.approx(share, abs=0.03)
+    for impossible in (0.1, 1.0):
+        with pytest.raises(ValueError, match="share"):
+            beta_for_tokens(model, images(2), impossible)
+
+
+def test_tasks_take_turns():
+    order = []
+    tasks = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = interleaved(tasks, rounds=4)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert all(len(values) == 4 for values in times.values())
+    assert all(len(values) == 3 for values in interleaved(tasks, rounds=9, seconds=0).values())
+
+
+def test_engines_compute_what_they_are_named_for():
+    model = AdaptiveViT(halting_vit(cls=-8.0), VARIED)
+    outputs = {name: run() for name, run in engines(halting_vit(cls=-8.0), model, images(4)).items()}
+    assert torch.allclose(outputs["masked"], outputs["removing"], atol=1e-5)
+    assert not torch.allclose(outputs["dense"], outputs["masked"], atol=1e-2)
+
+
+def test_rows_of_times():
+    (row,) = time_rows({"pool": np.array([0.001, 0.002, 0.003])}, batch=4, column="mixer", seed=0)
+    assert row["value"] == pytest.approx(2.0) and row["unit"] == "ms" and row["n"] == 3
+    assert row["mixer"] == "pool" and row["batch"] == 4 and row["seed"] == 0
+    assert row["low"] <= row["value"] <= row["high"]
+
+
+def test_engine_rows_at_several_batch_sizes():
+    model = AdaptiveViT(halting_vit(), VARIED)
+    rows = engine_rows(halting_vit(), model, images(4), batch_sizes=[1, 4], rounds=3, seconds=1)
+    assert [(row["engine"], row["batch"]) for row in rows] == [
+        (name, batch) for batch in (1, 4) for name in ("dense", "masked", "removing")
+    ]
+    with pytest.raises(ValueError, match="a batch of 9"):
+        engine_rows(halting_vit(), model, images(4), batch_sizes=[9])
+
+
+def test_speedup_rows():
+    model = AdaptiveViT(halting_vit(cls=-8.0), Halting(1.0, -1.0))
+    rows = speedup_rows(halting_vit(), model, images(8), shares=[0.5, 0.8], rounds=3, seconds=1)
+    assert [row["engine"] for row in rows] == ["dense", "masked", "ideal"] * 2
+    assert model.halting == Halting(1.0, -1.0)
+    ideal = {round(row["share"], 1): row["value"] for row in rows if row["engine"] == "ideal"}
+    assert list(ideal) == [0.5, 0.8] and ideal[0.5] > 1.8 and 1.2 < ideal[0.8] < 1.35
+    assert rows[0]["beta"] > rows[3]["beta"]  # a higher beta halts earlier

@@ -1,0 +1,130 @@
+"""The comparison of attention transfer: every run on the same data, teacher, size and schedule of the same loop."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from thesis_lib import backbone as backbones
+from thesis_lib.attention.base import suggest
+from thesis_lib.attention_students import create_student, load_encoder
+from thesis_lib.attention_training import accuracy_row, predict, train_classifier
+from thesis_lib.attention_transfer import AttentionTransfer
+
+TRANSFER = ("mode", "end_layer", "layers", "heads", "average", "drop_path")
+TRAINING = ("epochs", "min_lr", "warmup_epochs", "layer_decay", "beta2", "weight_decay", "ema_decay", "atd_weight")
+RECIPE = (*TRANSFER, *TRAINING, "blr", "augment", "init")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run: the model, its log (a row an epoch), and its scores of the test images (n, classes)."""
+
+    model: AttentionTransfer
+    log: list[dict]
+    scores: Tensor
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, evaluation left out."""
+        return sum(row["seconds"] for row in self.log)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all runs share. A recipe is a dictionary with any of the names in RECIPE.
+
+    data: (pixels, labels) of "train", "validation" and "test". folder: where each run has its checkpoint.
+    blr: the rate per 256 images of a step, as the published recipes give it: lr = blr * batch * processes / 256.
+    init: start from the teacher's encoder instead of random weights (fine-tuning).
+    average: "heads", "queries", or "examples" (maps averaged over the training images, a copy's control).
+    options: those of `training.fit` (device, mixed_precision, resume, seed, ...) and max_batches.
+    """
+
+    backbone: str
+    pretrained: bool | str | Path
+    img_size: int
+    data: Mapping[str, tuple[Any, np.ndarray]]
+    classes: int
+    batch_size: int
+    folder: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def teacher(self) -> VisionTransformer:
+        """Build the pretrained teacher."""
+        return backbones.create(self.backbone, pretrained=self.pretrained, img_size=self.img_size)
+
+    def run(self, name: str, recipe: Mapping[str, Any], *, mixer: str = "mha", **mixer_options: Any) -> Outcome:
+        """Train one student from the study's seed, or take up its checkpoint, and score the test images once.
+
+        Raises ValueError for a name that no recipe has.
+        """
+        for key in recipe:
+            if key not in RECIPE:
+                raise ValueError(f"a recipe has no {key!r}{suggest(key, RECIPE)}; it has {', '.join(RECIPE)}")
+        seed, device = self.options.get("seed", 0), self.options.get("device")
+        size = {"img_size": self.img_size, "seed": seed}
+        student = create_student(self.backbone, self.classes, mixer=mixer, **size, **mixer_options)
+        mode, teacher = recipe.get("mode", "none"), None
+        if mode != "none" or recipe.get("init"):
+            teacher = self.teacher()
+        if recipe.get("init"):
+            load_encoder(student, teacher.state_dict(), self.backbone)
+        transfer = {key: recipe[key] for key in TRANSFER if key in recipe}
+        examples = transfer.get("average") == "examples"
+        model = AttentionTransfer(
+            student, teacher, **transfer | ({"average": None} if examples else {}) | {"mode": mode}
+        )
+        if device:
+            model.to(device)
+        if examples:
+            model.teacher.fix_maps(self._normalised(model))
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        log = train_classifier(
+            model,
+            *self.data["train"],
+            self.data["validation"],
+            batch_size=self.batch_size,
+            lr=recipe["blr"] * self.batch_size * processes / 256,
+            schedule="cosine",
+            augment=recipe.get("augment"),
+            checkpoint=self.folder / f"{name}.checkpoint",
+            **{key: recipe[key] for key in TRAINING if key in recipe},
+            **self.options,
+        )
+        return Outcome(model, log, predict(model, self.data["test"][0], batch_size=self.batch_size, device=device))
+
+    def row(self, scores: Tensor, **protocol: Any) -> dict:
+        """Return the test accuracy of scores (n, classes) as a result row."""
+        return accuracy_row(scores, self.data["test"][1], split="test", image_size=self.img_size, **protocol)
+
+    def _normalised(self, model: AttentionTransfer) -> Iterable[Tensor]:
+        pixels = self.data["train"][0]
+        for rows in torch.arange(len(pixels)).split(self.batch_size):
+            yield (pixels[rows.numpy()].to(model.mean.device).float() / 255 - model.mean) / model.std
+
+
+@torch.no_grad()
+def class_token_maps(model: nn.Module, images: Tensor) -> Tensor:
+    """Return where the class token looks, by block, mean over heads: (B, depth, patches); rows sum to less than 1.
+
+    model: a student that does not copy, or a backbone of mixers with a map; images are what it takes.
+    """
+    backbone = getattr(model, "student", model)
+    found: list[Tensor] = []
+    hooks = [
+        block.attn.register_forward_pre_hook(lambda attn, inputs: found.append(attn.attention_map(inputs[0])))
+        for block in backbone.blocks
+    ]
+    try:
+        model.eval()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([maps.mean(1)[:, 0, backbone.num_prefix_tokens :] for maps in found], dim=1)

@@ -1,0 +1,281 @@
+"""Train and judge what `attention_transfer` makes: classifiers of labelled images, and perceptual metrics."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode, v2
+
+from thesis_lib import perceptual
+from thesis_lib.attention_teacher import divergence
+from thesis_lib.attention_transfer import AttentionTransfer
+from thesis_lib.checkpoint import digest
+from thesis_lib.distillation import trainable_parameters
+from thesis_lib.statistics import bootstrap_mean
+from thesis_lib.training import Batches, fit, two_afc
+
+GROUP = 8  # images that share one draw of crop, flip and RandAugment
+
+
+class Augment:
+    """The published recipe on a batch that is on the device: uint8 (b, 3, S, S), labels (b,) -> images, soft targets.
+
+    crop: least share of the area of a random resized crop (MAE's recipe: 0.08); 1 keeps whole images. randaugment:
+    magnitude of two operations, 0 to 30 (timm's m9 of 10 is 27 here); 0 leaves them out. These and the flip are drawn
+    once for every eight images, which share their cost; erasing, mixup and cutmix are timm's, with mixup_prob 1,
+    switch_prob 0.5, mode batch. All is drawn from the global random states, so that epochs can be repeated.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        size: int,
+        *,
+        crop: float = 1.0,
+        flip: float = 0.5,
+        randaugment: int = 0,
+        reprob: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        smoothing: float = 0.1,
+    ) -> None:
+        self.num_classes, self.smoothing, self.reprob = num_classes, smoothing, reprob
+        steps: list[nn.Module] = [v2.RandomHorizontalFlip(flip)]
+        if crop < 1:
+            steps.append(v2.RandomResizedCrop(size, (crop, 1.0), interpolation=InterpolationMode.BICUBIC))
+        if randaugment:
+            steps.append(v2.RandAugment(2, randaugment))
+        self.geometry = v2.Compose(steps)
+        self.mixup = None
+        if mixup or cutmix:
+            self.mixup = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat([self.geometry(group) for group in images.split(GROUP)]).float() / 255
+        if self.reprob:
+            erase = RandomErasing(self.reprob, mode="pixel", device=x.device)
+            x = erase(x * 4 - 2).add_(2).div_(4)  # its noise is standard normal, as normalised pixels roughly are
+        if self.mixup is not None:
+            return self.mixup(x, labels)
+        return x, mixup_target(labels, self.num_classes, lam=1.0, smoothing=self.smoothing)
+
+
+def train_classifier(
+    model: AttentionTransfer,
+    pixels: Any,
+    labels: np.ndarray,
+    val: tuple[Any, np.ndarray],
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    atd_weight: float = 3.0,
+    augment: Mapping[str, float] | None = None,
+    weight_decay: float = 0.05,
+    layer_decay: float = 1.0,
+    beta2: float = 0.999,
+    ema_decay: float | None = None,
+    max_batches: int | None = None,
+    **options: Any,
+) -> list[dict]:
+    """Train in place on cached pixels with labels (n,): task loss + atd_weight * attention loss; one log row an epoch.
+
+    val: pixels and labels by whose accuracy the best epoch is chosen. lr is the rate itself: the recipes' blr times the
+    batch over all processes / 256. layer_decay: timm's layer-wise decay, whose last block has decay^1 and head 1.
+    augment: options of `Augment`. options: those of `training.fit` (schedule, warmup_epochs, min_lr, checkpoint,
+    resume, seed, device, mixed_precision, ...). An incomplete last batch of an epoch is left out.
+    ValueError: an epoch has no whole batch, mixup an odd batch, or min_lr lies above lr.
+    """
+    student, size = model.student, model.student.patch_embed.img_size[0]
+    kept = len(labels) // batch_size * batch_size
+    if not kept:
+        raise ValueError(f"there are {len(labels)} images, fewer than one batch of {batch_size}")
+    augment = dict(augment or {})
+    if batch_size % 2 and (augment.get("mixup") or augment.get("cutmix")):
+        raise ValueError(f"mixup pairs the images of a batch: batch_size={batch_size} must be even")
+    if options.get("min_lr", 0.0) > lr:
+        raise ValueError(f"min_lr={options['min_lr']} lies above lr={lr:.3g}: a smaller batch needs a smaller one")
+    prepare = Augment(student.num_classes, size, **augment)
+    criterion = SoftTargetCrossEntropy()
+    answers = torch.from_numpy(np.asarray(labels, np.int64))
+
+    def gather(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        return pixels[rows], answers[rows]
+
+    def batches(epoch: int, generator: torch.Generator) -> Batches:
+        order = torch.randperm(len(labels), generator=generator)[:kept].numpy()
+        return Batches(order, batch_size, gather, max_batches)
+
+    def loss(trained: AttentionTransfer, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, targets = prepare(*batch)
+        tokens, attention = trained.tokens(images)
+        return criterion(trained.head(tokens), targets) + atd_weight * attention
+
+    def evaluate(judged: AttentionTransfer, epoch: int) -> dict[str, float]:
+        logits, right = predict(judged, val[0], batch_size=batch_size), torch.as_tensor(val[1])
+        top = (logits.argmax(1) == right).double().mean()
+        return {"accuracy": float(top), "val_loss": float(F.cross_entropy(logits, right))}
+
+    taught = "none"
+    if model.teacher is not None:
+        fixed = {} if model.teacher.fixed is None else {"fixed": model.teacher.fixed}
+        taught = digest((model.teacher.backbone.state_dict() | fixed).items())
+    groups = param_groups_layer_decay(
+        student, weight_decay, student.no_weight_decay(), layer_decay=layer_decay, verbose=False
+    )
+    return fit(
+        model,
+        loss,
+        batches,
+        epochs=epochs,
+        lr=lr,
+        weight_decay=weight_decay,
+        betas=(0.9, beta2),
+        ema_decay=ema_decay,
+        parameters=groups,
+        evaluate=evaluate,
+        select="accuracy",
+        config={
+            "batch_size": batch_size,
+            "atd_weight": atd_weight,
+            "augment": augment,
+            "transfer": model.options,
+            "teacher": taught,
+            "labels": digest([("labels", answers)]),
+        },
+        **options,
+    )
+
+
+def predict(model: nn.Module, pixels: Any, *, batch_size: int = 64, device: str | None = None) -> Tensor:
+    """Return the logits (n, classes) of cached pixels on the CPU, in float32; `model` is in eval mode meanwhile.
+
+    device: where to compute; None: where the model is. The result does not depend on batch_size.
+    """
+    was_training, home = model.training, next(model.parameters()).device
+    where = home if device is None else torch.device(device)
+    model.to(where).eval()
+    try:
+        with torch.no_grad():
+            parts = [
+                model(pixels[rows.numpy()].to(where).float() / 255).float().cpu()
+                for rows in torch.arange(len(pixels)).split(batch_size)
+            ]
+    finally:
+        model.to(home).train(was_training)
+    return torch.cat(parts)
+
+
+def ensemble(first: Tensor, second: Tensor) -> dict[str, Tensor]:
+    """Average two models' logits (n, classes), and their probabilities: scores (n, classes) by kind of average.
+
+    The paper does not say which of the two its ensemble of student and fine-tuned teacher is.
+    """
+    probabilities = (first.softmax(-1) + second.softmax(-1)) / 2
+    return {"logits": (first + second) / 2, "probabilities": probabilities}
+
+
+def accuracy_row(scores: Tensor, labels: np.ndarray, **protocol: Any) -> dict:
+    """Return a result row: top-1 accuracy of scores (n, classes) with n and a 95 % bootstrap interval."""
+    right = (scores.argmax(1).numpy() == np.asarray(labels)).astype(float)
+    return {"metric": "accuracy", "unit": "1"} | vars(bootstrap_mean(right)) | protocol
+
+
+def attention_gap(model: AttentionTransfer, images: Tensor) -> float:
+    """Return the mean KL divergence, nats a row, from the teacher's maps to the student's, over the layers distilled.
+
+    images: (B, 3, H, W) in [0, 1], on the model's device. For a mixer, on its own key set.
+    """
+    if model.copies or model.tensor != "map" or model.teacher is None:
+        raise ValueError(f"only distilled maps are compared, not those of mode {model.options['mode']!r}")
+    was_training, rate = model.training, model.drop_path
+    model.drop_path, model.compare = 0.0, divergence
+    try:
+        with torch.no_grad():
+            return float(model.train().tokens(images)[1]) / len(model.teacher.layers)
+    finally:
+        del model.compare
+        model.train(was_training).drop_path = rate
+
+
+def distil_metric(
+    student: perceptual.Metric,
+    teacher: perceptual.Metric,
+    pixels: Any,
+    val: Any,
+    val_pixels: Any,
+    *,
+    attention: float = 1.0,
+    embedding: float = 1.0,
+    layers: list[int] | None = None,
+    heads: list[int] | int | None = None,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    max_batches: int | None = None,
+    **options: Any,
+) -> list[dict]:
+    """Train a metric in place to attend and to embed as an MHA teacher does; return one log row an epoch.
+
+    Loss: attention * L_attn + embedding * mean(1 - cos of the embeddings, "cls"). The teacher embeds each image once;
+    in training it runs for L_attn alone. pixels: training images. val: NIGHTS triplets of `val_pixels`, by whose 2AFC
+    the best epoch is chosen. Every parameter that the embedding depends on is trained.
+    options: those of `training.fit`. ValueError: both weights are 0, or an embedding is not the centred class token.
+    """
+    if attention <= 0 and embedding <= 0:
+        raise ValueError("attention and embedding are both 0: there is nothing to learn")
+    if any(metric.feature != "cls" or not metric.normalize for metric in (student, teacher)):
+        raise ValueError('student and teacher must have feature="cls" and normalize=True')
+    mode = "distill" if attention else "none"
+    model = AttentionTransfer(student.backbone, teacher.backbone, mode=mode, layers=layers, heads=heads)
+    where = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    home = next(teacher.parameters()).device
+    targets = perceptual.embed_pixels(teacher, pixels, batch_size=batch_size, device=where, progress=False)
+    teacher.to(home)
+
+    def gather(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        return pixels[rows], targets[rows]
+
+    def batches(epoch: int, generator: torch.Generator) -> Batches:
+        return Batches(torch.randperm(len(pixels), generator=generator).numpy(), batch_size, gather, max_batches)
+
+    def loss(trained: AttentionTransfer, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, target = batch
+        tokens, gap = trained.tokens(images.float() / 255)
+        cls = tokens[:, 0]  # (b, D); centred, its cosine is what `Metric` measures
+        # Even at weight 0 the second part keeps every parameter in the graph, as gradient averaging needs.
+        return attention * gap + embedding * perceptual.distance(cls - cls.mean(-1, keepdim=True), target).mean()
+
+    def evaluate(judged: AttentionTransfer, epoch: int) -> dict[str, float]:
+        return {"2afc": two_afc(perceptual.Metric(judged.student), val_pixels, val, batch_size=batch_size)}
+
+    trainable = set(trainable_parameters(student, "all"))
+    for name, parameter in student.backbone.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    try:
+        return fit(
+            model,
+            loss,
+            batches,
+            epochs=epochs,
+            lr=lr,
+            evaluate=evaluate,
+            config={
+                "batch_size": batch_size,
+                "attention": attention,
+                "embedding": embedding,
+                "transfer": model.options,
+                "teacher": digest(teacher.backbone.state_dict().items()),
+                "images": list(pixels.digests),
+            },
+            **options,
+        )
+    finally:
+        student.backbone.requires_grad_(True)
