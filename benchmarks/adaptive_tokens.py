@@ -10,6 +10,7 @@ layers, and differently from image to image. beta is then set so that the wanted
 import argparse
 from copy import deepcopy
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -59,9 +60,7 @@ def main() -> None:
     images = smooth_images(options.batch, vit.patch_embed.img_size[0]).to(options.device)
     where = f"{options.threads} threads" if options.device == "cpu" else torch.cuda.get_device_name()
     print(f"{options.backbone}, batch {options.batch}, {where}; milliseconds a batch, medians of runs in turn")
-    print(
-        f"{'tokens':>7} {'dense':>9} {'masked':>9} {'removing':>9} {'x dense':>8} {'x masked':>9} {'ideal':>6}  differ"
-    )
+    print(f"{'tokens':>7} {'dense':>9} {'masked':>9} {'removing':>9} {'x dense':>8} {'x masked':>9} {'ideal':>6}")
     for share in options.shares:
         model.halting = preset("paper", gamma=3.0, beta=beta_for_tokens(model, images[:8], share))
         report(dense, model, images, options)
@@ -78,8 +77,8 @@ def report(dense: nn.Module, model: AdaptiveViT, images: Tensor, options: argpar
     differ = (removed.features - trace.features).abs().max().item()
     assert not same or differ < 1e-4, f"masking and removing differ by {differ}"
     times = interleaved(tasks, rounds=options.rounds, seconds=options.seconds)
-    milliseconds = [1e3 * float(torch.tensor(times[name]).median()) for name in ENGINES]
-    ratios = [float(torch.tensor(times[name] / times["removing"]).median()) for name in ENGINES[:2]]
+    milliseconds = [1e3 * np.median(times[name]) for name in ENGINES]
+    ratios = [np.median(times[name] / times["removing"]) for name in ENGINES[:2]]
     ideal = len(images) * dense_macs(model.vit) / executed_macs(model.vit, removed.tokens, step=1)
     note = f"outputs differ by {differ:.0e}" if same else f"a token halts at the limit, outputs differ by {differ:.0e}"
     print(

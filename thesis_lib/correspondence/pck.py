@@ -18,7 +18,7 @@ from thesis_lib.statistics import Interval
 
 BASES = ("box", "image")
 AVERAGES = ("point", "image", "category")
-DETAIL = 2_000  # resamples for a part of a table, of which there are hundreds
+DETAIL = 1_000  # resamples for a part of a table, of which there are hundreds
 FACTORS = ("viewpoint", "scale", "truncation", "occlusion")
 
 
@@ -99,16 +99,19 @@ def pck(
     """
     if table.empty:
         raise ValueError("there is no key-point to score: every pair was skipped, or none has the property asked for")
-    hits = pd.DataFrame({"hit": correct(table, alpha, protocol), "pair": table["pair"], "category": table["category"]})
-    pairs = hits.groupby("pair").agg(hits=("hit", "sum"), points=("hit", "size"), category=("category", "first"))
+    hit = correct(table, alpha, protocol)
+    _, first, pair = np.unique(table["pair"].to_numpy(), return_index=True, return_inverse=True)
+    counts = np.stack([np.bincount(pair, hit), np.bincount(pair)], axis=1).astype(float)  # (pairs, 2): hits, points
     if protocol.average == "image":
-        return statistics.bootstrap_mean((pairs["hits"] / pairs["points"]).to_numpy(), resamples=resamples)
-    parts = [pairs] if protocol.average == "point" else [part for _, part in pairs.groupby("category")]
-    value = float(np.mean([part["hits"].sum() / part["points"].sum() for part in parts]))
-    drawn = [statistics._resampled_means(part[["hits", "points"]].to_numpy(float), resamples, seed)
-             for seed, part in enumerate(parts)]  # fmt: skip
+        return statistics.bootstrap_mean(counts[:, 0] / counts[:, 1], resamples=resamples)
+    parts = [counts]
+    if protocol.average == "category":
+        category = table["category"].to_numpy()[first]
+        parts = [counts[category == name] for name in np.unique(category)]
+    value = float(np.mean([part[:, 0].sum() / part[:, 1].sum() for part in parts]))
+    drawn = [statistics._resampled_means(part, resamples, seed) for seed, part in enumerate(parts)]
     shares = np.mean([means[:, 0] / means[:, 1] for means in drawn], axis=0)
-    return Interval(value, *statistics._quantiles(shares, 0.95), len(pairs))
+    return Interval(value, *statistics._quantiles(shares, 0.95), len(counts))
 
 
 def pck_rows(
