@@ -226,7 +226,8 @@ def test_in_the_metric(feature):
         assert torch.equal(short.embed(x)[:, :48], y[:, :48])  # the class token is the same
     merge_tokens(merged.backbone, 0)
     with torch.no_grad():
-        assert torch.equal(merged.embed(x), expected)
+        # the metric of the plain model computes its last block for the class token alone: equal up to rounding
+        assert_close(merged.embed(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_trains_copies_and_keeps_its_names():
