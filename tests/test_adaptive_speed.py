@@ -45,13 +45,15 @@ def test_rows_of_times():
 
 
 def test_engine_rows_at_several_batch_sizes():
-    model = AdaptiveViT(halting_vit(), VARIED)
-    rows = engine_rows(halting_vit(), model, images(4), batch_sizes=[1, 4], rounds=3, seconds=1)
-    assert [(row["engine"], row["batch"]) for row in rows] == [
-        (name, batch) for batch in (1, 4) for name in ("dense", "masked", "removing")
+    models = {"a": AdaptiveViT(halting_vit(), VARIED), "b": AdaptiveViT(halting_vit(1), VARIED)}
+    rows = engine_rows(halting_vit(), models, images(4), batch_sizes=[1, 4], rounds=3, seconds=1)
+    assert [(row["batch"], row["model"], row["engine"]) for row in rows] == [
+        (batch, model, name) for batch in (1, 4) for model in "ab" for name in ("dense", "masked", "removing")
     ]
+    assert rows[0]["value"] == rows[3]["value"]  # the plain ViT runs once
+    assert len({row["value"] for row in rows[:6]}) == 5
     with pytest.raises(ValueError, match="a batch of 9"):
-        engine_rows(halting_vit(), model, images(4), batch_sizes=[9])
+        engine_rows(halting_vit(), models, images(4), batch_sizes=[9])
 
 
 def test_speedup_rows():

@@ -89,7 +89,7 @@ def time_rows(times: Mapping[str, np.ndarray], *, batch: int, column: str, **pro
 
 def engine_rows(
     dense: nn.Module,
-    model: AdaptiveViT,
+    models: Mapping[str, AdaptiveViT],
     images: Tensor,
     *,
     batch_sizes: Iterable[int],
@@ -97,13 +97,22 @@ def engine_rows(
     seconds: float = 60.0,
     **protocol: Any,
 ) -> list[dict]:
-    """Time the three engines in turn on the first images (n, 3, H, W, normalised) at each batch size."""
+    """Time the forms of all models in turn on the first images (n, 3, H, W, normalised) at each batch size.
+
+    The plain ViT runs once a round; its row stands beside the two of each model.
+    """
     rows = []
     for batch in batch_sizes:
         if batch > len(images):
             raise ValueError(f"a batch of {batch} needs as many images; there are {len(images)}")
-        times = interleaved(engines(dense, model, images[:batch]), rounds=rounds, seconds=seconds)
-        rows += time_rows(times, batch=batch, column="engine", **protocol)
+        tasks: dict[Any, Callable[[], object]] = {}
+        for name, model in models.items():
+            first, *own = engines(dense, model, images[:batch]).items()
+            tasks |= dict([first]) | {(name, engine): task for engine, task in own}
+        times = interleaved(tasks, rounds=rounds, seconds=seconds)
+        for name in models:
+            found = {engine: times.get((name, engine), times["dense"]) for engine in ENGINES}
+            rows += time_rows(found, batch=batch, column="engine", model=name, **protocol)
     return rows
 
 

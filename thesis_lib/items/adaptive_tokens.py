@@ -91,8 +91,8 @@ def models(rows: pd.DataFrame) -> Table:
     first = _one(rows, "accuracy", model="baseline", split="test")
     note = (
         f"{first['backbone']} at {int(first['image_size'])} px, n = {int(first['n'])} test images, 95 % bootstrap CI. "
-        f"Depth: blocks a token passes. MMAC and ms an image, at batch {batch} on {first['device']}; adaptive models "
-        "remove tokens."
+        f"Depth: blocks a token passes. MMAC and ms an image, at batch {batch} on {first['device']}, timed in turn; "
+        "adaptive models remove tokens. The last model was trained longer: from the first one's weights."
     )
     digits = {("Tokens", "%"): 1, ("Tokens", "depth"): 2, ("Cost", "MMAC"): None, ("Cost", "ms"): None}
     frame = pd.DataFrame(records)
