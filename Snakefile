@@ -20,20 +20,21 @@ NOTEBOOKS = {path.stem: path for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]
 RESULTS = paths.RESULTS / Path(PROFILE).stem
 RESULTS = RESULTS.relative_to(paths.ROOT) if RESULTS.is_relative_to(paths.ROOT) else RESULTS
 
-# What a notebook reads of other notebooks' results; the figures read all of them.
+# What a notebook reads of other notebooks' results (a name may end in one variant); the figures read all of them.
 READS = {
     "02_attention_evaluation": ["01_data_preparation"],
     "03_efficiency_analysis": [],
     "04_distillation": ["01_data_preparation", "02_attention_evaluation"],
     "05_attention_transfer": ["01_data_preparation"],
-    "06_adaptive_tokens": ["01_data_preparation"],
+    "06_adaptive_tokens": ["01_data_preparation", "02_attention_evaluation-mha"],  # the teacher
     "07_image_classification": ["01_data_preparation"],
-    "08_semantic_correspondence": ["01_data_preparation"],
+    "08_semantic_correspondence": ["01_data_preparation", "02_attention_evaluation", "04_distillation"],
+    "10_proposed_model": ["01_data_preparation", "02_attention_evaluation", "04_distillation"],
     "09_thesis_figures": [name for name in NOTEBOOKS if name != "09_thesis_figures"],
 }
 TRIPLETS = ("02_attention_evaluation", "04_distillation")  # these write a table of single triplets beside their rows
 NO_MODEL = ("01_data_preparation", "09_thesis_figures")
-ALONE = "03_efficiency_analysis"  # times things
+ALONE = ("03_efficiency_analysis", "10_proposed_model")  # these time things
 
 
 def variants(notebook):
@@ -52,11 +53,11 @@ def results(notebook):
 
 
 def reads(notebook, wildcards):
-    found = [path for name in READS.get(notebook, []) for path in results(name)]
+    names = list(READS.get(notebook, []))
     if notebook == "02_attention_evaluation" and wildcards.variant != "-mha":
-        # MHA, tuned, is the teacher: the other mixers are tried with its adapter.
-        found += [path for path in results(notebook) if path.endswith("-mha.parquet")]
-    return found
+        names.append("02_attention_evaluation-mha")  # MHA, tuned, is the teacher: other mixers are tried with its adapter
+    whole = {name: results(name.partition("-")[0]) for name in names}
+    return [path for name, paths in whole.items() for path in paths if "-" not in name or f"/{name}." in path]
 
 
 def arguments(notebook, wildcards):
@@ -90,7 +91,7 @@ for notebook, path in NOTEBOOKS.items():
             section=repr(CONTENT.get(notebook)),
             results=" ".join(f"--results {name}" for name in names),
             gpu="" if notebook in NO_MODEL else "--gpu",
-        threads: workflow.cores or JOBS["threads"] if notebook == ALONE else JOBS["threads"]
+        threads: workflow.cores or JOBS["threads"] if notebook in ALONE else JOBS["threads"]
         resources:
             mem_mb=JOBS["mem_mb"],
             runtime=JOBS["runtime"],

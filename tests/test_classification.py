@@ -375,7 +375,7 @@ def test_two_processes_through_the_notebook_train_as_one_with_twice_the_batch(wo
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "thesis_lib.execute"]
-    notebook = str(paths.NOTEBOOKS / "drafts" / "07_image_classification.ipynb")
+    notebook = str(paths.NOTEBOOKS / "07_image_classification.ipynb")
     subprocess.run(
         [sys.executable, "-m", *torchrun, notebook, "--profile", str(tmp_path / "two.yaml")],
         env=os.environ | {"OMP_NUM_THREADS": "1", "THESIS_DATA": str(tmp_path / "data")},

@@ -9,10 +9,13 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from thesis_lib import paths
 from thesis_lib.datasets import synthetic
+from thesis_lib.datasets import synthetic_studies as studies
 
+TINY, DINOV2 = "deit_tiny_patch16_224.fb_in1k", "vit_small_patch14_reg4_dinov2.lvd142m"
 SMALL = {  # what a few samples on a CPU need to differ; all else is the thesis'
     "01_data_preparation": {"max_samples": 2, "gallery": 2},
     "02_attention_evaluation": {"device": "cpu", "batch_size": 8, "max_samples": 2},
@@ -35,6 +38,52 @@ SMALL = {  # what a few samples on a CPU need to differ; all else is the thesis'
         "eval_2afc_every": 1,
         "max_samples": 2,
     },
+    "05_attention_transfer": {
+        "device": "cpu",
+        "mixed_precision": "no",
+        "backbone": TINY,
+        "backbone_weights": "tiny.safetensors",
+        "batch_size": 2,
+        "max_batches": 1,
+        "max_samples": 2,
+        "sweep": {"layers": [6], "heads": [2]},
+        "controls": ["queries"],
+        "mixers": ["sra"],
+    },
+    "06_adaptive_tokens": {
+        "device": "cpu",
+        "backbone": TINY,
+        "backbone_weights": "tiny.safetensors",
+        "epochs": {"baseline": 1, "adaptive": 1, "finetuned": 1},
+        "max_batches": 1,
+        "max_samples": 2,
+        "mixers": ["pool"],
+        "batch_sizes": [1, 2],
+        "shares": [0.7],
+        "rounds": 1,
+        "image_indices": [0, 1],
+    },
+    "07_image_classification": {
+        "device": "cpu",
+        "max_samples": 8,
+        "scaling_sizes": [32],
+        "latency_runs": 3,
+        "time_limit": 0.1,
+    },
+    "08_semantic_correspondence": {
+        "device": "cpu",
+        "backbone": DINOV2,
+        "img_size": 70,
+        "batch_size": 4,
+        "weights": {DINOV2: "dinov2.safetensors"},
+        "mixers": ["mha", "pool"],
+        "layers": [5, 11],
+        "sweep_system": "",
+        "max_samples": {"trn": 4, "val": 2, "test": 2},
+        "teacher_parts": [{"model": DINOV2, "size": 98, "layer": 11}, {"run": "supervised"}],
+        "window": 31,
+        "shown": 2,
+    },
 }
 VARIANTS = {
     "02_attention_evaluation": {"attention_module": ["mha", "pool"]},
@@ -51,16 +100,45 @@ def data(tmp_path_factory):
     torch.manual_seed(0)
     model = timm.create_model("vit_base_patch16_224.dino", num_classes=0)
     torch.save(model.state_dict(), folder / "dino_vitbase16_pretrain.pth")
+    for name, file in ((TINY, "tiny.safetensors"), (DINOV2, "dinov2.safetensors")):
+        save_file(timm.create_model(name).state_dict(), folder / file)
+    sets = {"cifar10": {"train": 100, "test": 20}, "spair71k": {"trn": 12, "val": 6, "test": 12}}
+    sets |= {"pf_willow": {"pairs": 9, "images": 3}, "cub200": {"images": 4}}
+    studies.write(folder / "raw", sets, workers=1)
+    for made, wanted in (("spair71k", "SPair-71k"), ("pf_willow", "PF-WILLOW"), ("cub200", "CUB_200_2011")):
+        (folder / "raw" / made).rename(folder / "raw" / wanted)
     return folder
+
+
+def shrink(profile):
+    """Set what SMALL says, and what lies deeper: sizes, never a choice of method."""
+    for notebook, values in SMALL.items():
+        profile[notebook] |= values
+        if notebook in ("01_data_preparation", "02_attention_evaluation", "04_distillation"):
+            profile[notebook]["backbone_weights"] = "dino_vitbase16_pretrain.pth"
+    few = {"epochs": 1, "batch_size": 2}
+    profile["02_attention_evaluation"]["lora"] |= few | {"max_batches": 1}
+    transfer, adaptive = profile["05_attention_transfer"], profile["06_adaptive_tokens"]
+    for recipe in transfer["recipes"].values():
+        recipe["epochs"] = 1
+    transfer["perceptual"] |= few | {"weights": "dino_vitbase16_pretrain.pth"}
+    adaptive["train"] |= {"batch_size": 2, "mixed_precision": "no"}
+    adaptive["metric"] |= few | {"mixed_precision": "no"}
+    classification, correspondence = profile["07_image_classification"], profile["08_semantic_correspondence"]
+    classification["training"]["mixed_precision"] = "no"
+    for given in classification["datasets"].values():
+        given |= {"runs": 1, "mixers": ["standard", "hybrid"]}
+        given["training"] = {"epochs": 1, "max_batches": 1, "batch_size": 4}
+    supervised, sampling, _ = correspondence["runs"]
+    correspondence["runs"] = [
+        supervised | few | {"model": DINOV2, "tune": "lora", "loss": "mse", "max_batches": 1},
+        sampling | few | {"sampling": "grid", "loss": "cross_entropy", "max_batches": 1},
+    ]
 
 
 def test_thesis_profile_runs_through_on_small_published_trees(data, tmp_path):
     profile = yaml.safe_load((paths.PROFILES / "thesis.yaml").read_text())
-    for notebook, values in SMALL.items():
-        profile[notebook] |= values
-        if notebook != "03_efficiency_analysis":
-            profile[notebook]["backbone_weights"] = "dino_vitbase16_pretrain.pth"
-    profile["02_attention_evaluation"]["lora"] |= {"epochs": 1, "batch_size": 2, "max_batches": 1}
+    shrink(profile)
     profile["variants"] = {name: axes for name, axes in profile["variants"].items() if name not in VARIANTS} | VARIANTS
     profile["jobs"] = {"threads": 2}
     path = tmp_path / "thesis.yaml"

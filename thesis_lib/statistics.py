@@ -80,14 +80,14 @@ def recovered_share(
     Raises ValueError for different lengths, no items or NaN.
     """
     full, degraded, recovered = _items(full, degraded, recovered)
-    loss, gain = _resampled_means(np.stack([full - degraded, recovered - degraded], axis=1), resamples, seed).T
-    if _quantiles(loss, level)[0] <= 0:
+    loss, gain = resampled_means(np.stack([full - degraded, recovered - degraded], axis=1), resamples, seed).T
+    if quantiles(loss, level)[0] <= 0:
         return Interval(np.nan, np.nan, np.nan, len(full))
     # A resample without loss stands for an unbounded share; there are fewer of them than one tail holds, so both ends
     # of the interval stay finite.
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(loss > 0, gain / loss, np.copysign(np.inf, gain))
-    low, high = _quantiles(share, level)
+    low, high = quantiles(share, level)
     return Interval(float((recovered - degraded).mean() / (full - degraded).mean()), low, high, len(full))
 
 
@@ -106,10 +106,10 @@ def _items(*columns: ArrayLike) -> list[NDArray[np.float64]]:
 def _interval(values: NDArray[np.float64], level: float, resamples: int, seed: int) -> tuple[float, float, float]:
     if np.ptp(values) == 0:
         return (float(values[0]),) * 3
-    return float(values.mean()), *_quantiles(_resampled_means(values[:, None], resamples, seed)[:, 0], level)
+    return float(values.mean()), *quantiles(resampled_means(values[:, None], resamples, seed)[:, 0], level)
 
 
-def _resampled_means(items: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
+def resampled_means(items: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
     """Draw the means of n items taken with replacement: (n, k) -> (resamples, k).
 
     Equal rows are drawn together: how often each distinct row occurs in a resample is multinomial, which is the same
@@ -122,7 +122,8 @@ def _resampled_means(items: NDArray[np.float64], resamples: int, seed: int) -> N
     return np.concatenate(drawn) / len(items)
 
 
-def _quantiles(samples: NDArray[np.float64], level: float) -> Sequence[float]:
+def quantiles(samples: NDArray[np.float64], level: float) -> Sequence[float]:
+    """Return the two ends of the central `level` of samples; ValueError for a level outside (0, 1)."""
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1.")
     tail = (1 - level) / 2

@@ -36,7 +36,7 @@ CLICK = (
 class MatchExplorer:
     """The application; shown when it is a cell's last line.
 
-    Models are the named mixers in the demo backbone (all of the registry by default) and whatever notebooks saved in
+    Models are the named mixers in the backbone (all of the registry by default) and whatever notebooks saved in
     data/results/<profile>/models. `root` is a tree of SPair-71k, by default the synthetic one of the profile; relative
     paths start at the data folder.
     Raises FileNotFoundError if it is not there.
@@ -49,6 +49,7 @@ class MatchExplorer:
         root: str | Path | None = None,
         split: str = "test",
         mixers: list[str] | None = None,
+        backbone: str = "demo",
         img_size: int = 64,
         layer: int = -1,
         pretrained: bool | str | Path = True,
@@ -64,7 +65,7 @@ class MatchExplorer:
                 "pretrained": pretrained,
                 "mixer_options": dict((mixer_options or {}).get(name, {})),
             }
-            self.parts[attention.get(name).label] = Part("vit", "demo", "", img_size, {"layers": [layer]} | options)
+            self.parts[attention.get(name).label] = Part("vit", backbone, "", img_size, {"layers": [layer]} | options)
         for path in sorted((paths.RESULTS / profile / "models").glob("*/metric.json")):
             self.parts[path.parent.name] = Part("metric", str(path.parent), "", img_size, {"layers": [layer]})
         self._build()

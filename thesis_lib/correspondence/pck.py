@@ -109,9 +109,9 @@ def pck(
         category = table["category"].to_numpy()[first]
         parts = [counts[category == name] for name in np.unique(category)]
     value = float(np.mean([part[:, 0].sum() / part[:, 1].sum() for part in parts]))
-    drawn = [statistics._resampled_means(part, resamples, seed) for seed, part in enumerate(parts)]
+    drawn = [statistics.resampled_means(part, resamples, seed) for seed, part in enumerate(parts)]
     shares = np.mean([means[:, 0] / means[:, 1] for means in drawn], axis=0)
-    return Interval(value, *statistics._quantiles(shares, 0.95), len(counts))
+    return Interval(value, *statistics.quantiles(shares, 0.95), len(counts))
 
 
 def pck_rows(

@@ -78,12 +78,13 @@ def _encode(scene: Scene, view: int, size: int, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def _in_parallel(work: Callable, items: Iterable, *, total: int, workers: int | None, label: str) -> list:
+def in_parallel(work: Callable, items: Iterable, *, total: int, workers: int | None, label: str) -> list:
+    """Map a picklable function over items in `workers` processes (None: one a core), with a bar; keeps the order."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:  # a fork would copy torch's threads
         return list(tqdm(pool.map(work, items, chunksize=16), total=total, desc=label))
 
 
-def _once(root: Path, recipe: Mapping, write: Callable[[Path], None]) -> Path:
+def once(root: Path, recipe: Mapping, write: Callable[[Path], None]) -> Path:
     """Write a tree beside its place and move it there whole; do nothing where the same recipe is finished already.
 
     Raises FileExistsError where `root` holds anything else: nothing is ever overwritten.
@@ -145,11 +146,11 @@ def write_nights(
         for kind, high in product(("ref", "distort"), range(-(-len(rows) // 1000))):
             (folder / kind / f"{high:03d}").mkdir(parents=True)
         work = partial(_write_triplet, folder=folder, seed=seed, size=size)
-        table = pd.DataFrame(_in_parallel(work, rows, total=len(rows), workers=workers, label="triplets"))
+        table = pd.DataFrame(in_parallel(work, rows, total=len(rows), workers=workers, label="triplets"))
         table.to_csv(folder / "data.csv", index=False)
 
     recipe = {"format": "NIGHTS", "counts": dict(counts), "seed": seed, "size": size, "world": scenes.VERSION}
-    return _once(Path(root), recipe, write)
+    return once(Path(root), recipe, write)
 
 
 OBJECT_CLASSES = tuple(product(range(len(scenes.KINDS)), range(len(scenes.TEXTURES))))
@@ -193,7 +194,7 @@ def write_imagenet100(
         )
         for split, (name, count) in enumerate(counts.items()):
             items = [(split, index) for index in range(count)]
-            rows = _in_parallel(
+            rows = in_parallel(
                 partial(_draw_object, seed=seed, size=size), items, total=count, workers=workers, label=name
             )
             shards = np.array_split(np.arange(count), -(-count // shard_rows))
@@ -202,4 +203,4 @@ def write_imagenet100(
                 pq.write_table(table, folder / "data" / f"{name}-{i:05d}-of-{len(shards):05d}.parquet")
 
     recipe = {"format": "ImageNet-100", "counts": dict(counts), "seed": seed, "size": size, "world": scenes.VERSION}
-    return _once(Path(root), recipe, write)
+    return once(Path(root), recipe, write)

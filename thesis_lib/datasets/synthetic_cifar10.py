@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from thesis_lib.datasets import cifar10, rendering, scenes
 from thesis_lib.datasets.scenes import Scene, Stream
-from thesis_lib.datasets.synthetic import _once
+from thesis_lib.datasets.synthetic import once
 
 SIZE = 32
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # scenes.HUES of them
@@ -77,7 +77,7 @@ def write_cifar10(root: Path, counts: Mapping[str, int], *, seed: int = 0) -> Pa
         (folder / cifar10.SUMS).write_text("".join(sums))
 
     recipe = {"format": "CIFAR-10", "counts": dict(counts), "seed": seed, "size": SIZE, "world": scenes.VERSION}
-    return _once(Path(root), recipe, write)
+    return once(Path(root), recipe, write)
 
 
 def write_imagenet100(root: Path, counts: Mapping[str, int], *, seed: int = 0, size: int = 96) -> Path:
@@ -100,4 +100,4 @@ def write_imagenet100(root: Path, counts: Mapping[str, int], *, seed: int = 0, s
             pq.write_table(pa.Table.from_pylist(rows, IMAGENET), folder / "data" / f"{name}-00000-of-00001.parquet")
 
     recipe = {"format": "ImageNet-100 of pairs", "counts": dict(counts), "seed": seed, "size": size}
-    return _once(Path(root), recipe | {"world": scenes.VERSION}, write)
+    return once(Path(root), recipe | {"world": scenes.VERSION}, write)

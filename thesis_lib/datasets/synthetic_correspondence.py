@@ -61,7 +61,7 @@ def anatomy(thing: Thing, at: rendering.Placement) -> dict[str, tuple[float, flo
     for key, (_, distance, turn) in KEYPOINTS.items():
         angle = LIMBS[thing.limbs].get(key) if key in ("6", "7", "8") else turn
         if angle is not None:
-            x, y = rendering._direction(at.heading + angle)
+            x, y = rendering.direction(at.heading + angle)
             points[key] = at.x + distance * at.radius * x, at.y + distance * at.radius * y
     return points
 
@@ -69,12 +69,12 @@ def anatomy(thing: Thing, at: rendering.Placement) -> dict[str, tuple[float, flo
 def covers(thing: Thing, at: rendering.Placement, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Say which places, in half image widths, a thing's body, head and limbs cover."""
     u, v = (x - at.x) / at.radius, (y - at.y) / at.radius
-    ahead = rendering._direction(at.heading)
+    ahead = rendering.direction(at.heading)
     distance = np.minimum(
-        rendering._body(u, v, KINDS[thing.kind], at.spin), np.hypot(u - 1.02 * ahead[0], v - 1.02 * ahead[1]) - 0.40
+        rendering.body(u, v, KINDS[thing.kind], at.spin), np.hypot(u - 1.02 * ahead[0], v - 1.02 * ahead[1]) - 0.40
     )
     for angle in rendering.LIMB_ANGLES[thing.limbs]:
-        distance = np.minimum(distance, rendering._limb(u, v, rendering._direction(at.heading + angle)))
+        distance = np.minimum(distance, rendering.limb(u, v, rendering.direction(at.heading + angle)))
     return distance < 0
 
 
@@ -276,7 +276,7 @@ def write_spair(
     def write(folder: Path) -> None:
         items = [(names.index(name), kind) for name in pairs for kind in range(len(KINDS))]
         work = partial(_category, folder=folder, seed=seed, images=images, pairs=dict(pairs))
-        written = synthetic._in_parallel(work, items, total=len(items), workers=workers, label="pairs")
+        written = synthetic.in_parallel(work, items, total=len(items), workers=workers, label="pairs")
         (folder / "Layout" / "large").mkdir(parents=True)
         for name, count in pairs.items():
             listed = [pair for split, part in written if split == name for pair in part]
@@ -285,4 +285,4 @@ def write_spair(
             (folder / "Layout" / "large" / f"{name}.txt").write_text("\n".join(listed) + "\n")
 
     recipe = {"format": "SPair-71k", "pairs": dict(pairs), "images": images, "seed": seed, "world": scenes.VERSION}
-    return synthetic._once(Path(root), recipe, write)
+    return synthetic.once(Path(root), recipe, write)

@@ -43,7 +43,7 @@ def write_willow(root: str | Path, pairs: int, *, images: int = 10, seed: int = 
     def write(folder: Path) -> None:
         items = [(kind, index) for kind in range(len(KINDS)) for index in range(images)]
         work = partial(_willow_image, folder=folder, seed=seed)
-        found = synthetic._in_parallel(work, items, total=len(items), workers=workers, label="images")
+        found = synthetic.in_parallel(work, items, total=len(items), workers=workers, label="images")
         kinds = [found[i : i + images] for i in range(0, len(found), images)]
         couples = [couple for kind in kinds for couple in combinations(kind, 2)]
         order = np.argsort(Stream(seed, 211).uniforms(len(couples)), kind="stable")[:pairs]
@@ -57,7 +57,7 @@ def write_willow(root: str | Path, pairs: int, *, images: int = 10, seed: int = 
         pd.DataFrame(rows, columns=columns).to_csv(folder / "test_pairs_pf.csv", index=False)
 
     recipe = {"format": "PF-WILLOW", "pairs": pairs, "images": images, "seed": seed, "world": scenes.VERSION}
-    return synthetic._once(Path(root), recipe, write)
+    return synthetic.once(Path(root), recipe, write)
 
 
 def _cub_image(item: tuple[int, int], folder: Path, seed: int) -> Picture:
@@ -80,7 +80,7 @@ def write_cub(root: str | Path, *, images: int = 12, seed: int = 0, workers: int
     def write(folder: Path) -> None:
         items = [(kind, index) for kind in range(len(KINDS)) for index in range(images)]
         work = partial(_cub_image, folder=folder, seed=seed)
-        pictures = synthetic._in_parallel(work, items, total=len(items), workers=workers, label="images")
+        pictures = synthetic.in_parallel(work, items, total=len(items), workers=workers, label="images")
         lines = {name: [] for name in ("images", "image_class_labels", "train_test_split", "bounding_boxes")}
         parts = []
         for number, ((kind, index), picture) in enumerate(zip(items, pictures, strict=True), 1):
@@ -100,4 +100,4 @@ def write_cub(root: str | Path, *, images: int = 12, seed: int = 0, workers: int
             (folder / f"{name}.txt").write_text("\n".join(content) + "\n")
 
     recipe = {"format": "CUB-200-2011", "images": images, "seed": seed, "world": scenes.VERSION}
-    return synthetic._once(Path(root), recipe, write)
+    return synthetic.once(Path(root), recipe, write)
