@@ -1,0 +1,183 @@
+"""What a machine can do a second, measured on the spot with plain operations: the ceilings of cost_model.py.
+
+Products, convolutions, softmax attention, elementwise operations and copies run alone, at a few sizes each, in a loop.
+Their rates are interpolated over the logarithms of the sizes, for a small product reaches a fraction of a large one's
+rate and a copy in cache many times that of one outside it. No model, and no layer of one, is among them.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.interpolate import RegularGridInterpolator
+from torch import Tensor, nn
+
+UNITS = {"mm": "MAC/s", "bmm": "MAC/s", "attention": "MAC/s", "convolution": "MAC/s", "depthwise": "MAC/s"}
+ELEMENTS = (2**9, 2**13, 2**16, 2**18, 2**20, 2**22)
+WIDTH = 128  # of the rows that elementwise operations run over
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The rate of one operation, work a second, over its sizes, and what a call of it costs with nothing to do, s.
+
+    axes: one increasing tuple of sizes a dimension, none for what only has an overhead; rates: an array over their grid.
+    Beyond the grid the rate of its edge holds.
+    """
+
+    overhead: float
+    axes: tuple[tuple[int, ...], ...] = ()
+    rates: np.ndarray | None = None
+
+    def rate(self, sizes: Sequence[int]) -> float:
+        """Interpolate log rate linearly over log sizes."""
+        where = [
+            min(max(math.log(size), math.log(axis[0])), math.log(axis[-1]))
+            for size, axis in zip(sizes, self.axes, strict=True)
+        ]
+        grid = tuple(np.log(axis) for axis in self.axes)
+        return float(np.exp(RegularGridInterpolator(grid, np.log(self.rates))(where)[0]))
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The curves of one device, number format and thread count."""
+
+    device: str
+    dtype: str
+    threads: int
+    curves: dict[str, Curve]
+
+    def bandwidth(self, count: int) -> float:
+        """Return the bytes a second that a copy reads and writes when it moves `count` bytes in all."""
+        size = 2 * getattr(torch, self.dtype).itemsize
+        return size * self.curves["copy"].rate([max(count // size, 1)])
+
+    def matmul(self) -> float:
+        """Return the highest rate of a matrix product, multiply-adds a second."""
+        return float(self.curves["mm"].rates.max())
+
+    def rows(self) -> list[dict]:
+        """Return all of it as result rows: `overhead` in us, and `rate` at each grid point, its sizes in a column."""
+        common = {"device": self.device, "dtype": self.dtype, "threads": self.threads, "n": 1}
+        rows = []
+        for family, curve in self.curves.items():
+            own = common | {"family": family}
+            rows.append(own | {"metric": "overhead", "value": 1e6 * curve.overhead, "unit": "us"})
+            for place in np.ndindex(*(len(axis) for axis in curve.axes)) if curve.axes else ():
+                sizes = " ".join(str(axis[i]) for axis, i in zip(curve.axes, place, strict=True))
+                value = {"value": float(curve.rates[place]), "unit": UNITS.get(family, "element/s")}
+                rows.append(own | {"metric": "rate", "sizes": sizes} | value)
+        return rows
+
+
+def measure(*, device: str = "cpu", dtype: str = "float32", threads: int | None = None, seconds: float = 0.01) -> Ceilings:
+    """Measure every curve; `seconds` is spent on each of about 200 points, more where one call takes longer."""
+    if threads:
+        torch.set_num_threads(threads)
+    number, limit = getattr(torch, dtype), 2**27 if device == "cpu" else 2**37
+    make = lambda *shape: torch.rand(*shape, device=device).to(number)
+    curves = {}
+    with torch.inference_mode():
+        for family, (axes, build) in _families(make).items():
+            call, _ = build(*(min(axis[0], 16) for axis in axes))
+            overhead = _seconds(call, device, seconds)
+            rates = np.empty([len(axis) for axis in axes])
+            for place, sizes in zip(np.ndindex(*rates.shape), itertools.product(*axes), strict=True):
+                while family in UNITS and math.prod(sizes) > limit and sizes[0] > 256:  # the rate is level there
+                    sizes = (sizes[0] // 2, *sizes[1:])
+                call, work = build(*sizes)
+                spent = _seconds(call, device, seconds)
+                rates[place] = work / max(spent - overhead, 0.05 * spent)
+            curves[family] = Curve(overhead, axes, rates)
+        x, module = make(8, 8), nn.Identity()
+        curves["view"] = Curve(_seconds(lambda: x.transpose(0, 1), device, seconds))
+        curves["module"] = Curve(_seconds(lambda: module(x), device, seconds))
+    return Ceilings(device, dtype, torch.get_num_threads(), curves)
+
+
+def _seconds(call: Callable[[], object], device: str, budget: float) -> float:
+    """Median over blocks of calls of the time of one, each block long enough for the clock."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def block(calls: int) -> float:
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        wait()
+        return (time.perf_counter() - start) / calls
+
+    block(2)
+    calls = max(1, math.ceil(0.1 * budget / block(1)))
+    times, end = [], time.perf_counter() + budget
+    while len(times) < 3 or time.perf_counter() < end:
+        times.append(block(calls))
+    return float(np.median(times))
+
+
+def _families(make: Callable[..., Tensor]) -> dict[str, tuple[tuple, Callable]]:
+    """The plain operations: axes of sizes, and a builder that takes one size an axis and returns (call, work)."""
+
+    def mm(m: int, n: int, k: int) -> tuple:
+        x, weight, bias = make(m, k), make(n, k), make(n)
+        return lambda: F.linear(x, weight, bias), m * n * k
+
+    def bmm(m: int, n: int, k: int) -> tuple:
+        x, y = make(8, m, k), make(8, k, n)
+        return lambda: torch.bmm(x, y), 8 * m * n * k
+
+    def attention(n: int, m: int, d: int) -> tuple:
+        q, k, v = make(1, 8, n, d), make(1, 8, m, d), make(1, 8, m, d)
+        return lambda: F.scaled_dot_product_attention(q, k, v), 16 * n * m * d
+
+    def convolution(positions: int, taps: int, n: int) -> tuple:
+        patch, side = max(1, math.isqrt(taps // 3)), math.isqrt(positions)
+        x, weight = make(1, 3, side * patch, side * patch), make(n, 3, patch, patch)
+        return lambda: F.conv2d(x, weight, stride=patch), side**2 * n * weight[0].numel()
+
+    def depthwise(elements: int, taps: int) -> tuple:
+        side, kernel = max(1, math.isqrt(elements // WIDTH)), math.isqrt(taps)
+        x, weight = make(1, WIDTH, side, side), make(WIDTH, 1, kernel, kernel)
+        return lambda: F.conv2d(x, weight, padding=kernel // 2, groups=WIDTH), x.numel() * taps
+
+    def pool(elements: int) -> tuple:  # elements read: nine an output
+        side = max(1, math.isqrt(elements // WIDTH // 9))
+        x = make(1, WIDTH, side, side).contiguous(memory_format=torch.channels_last)  # as tokens lie in memory
+        return lambda: F.avg_pool2d(x, 3, 1, 1), 9 * x.numel()
+
+    def transpose(elements: int) -> tuple:
+        x = make(1, max(1, elements // WIDTH), 4, WIDTH // 4).transpose(1, 2)  # heads (B, h, N, d_h) of tokens
+        return lambda: x.contiguous(), x.numel()
+
+    def rows(function: Callable[[Tensor], Tensor]) -> Callable:
+        def build(elements: int) -> tuple:
+            x = make(max(1, elements // WIDTH), WIDTH)
+            return lambda: function(x), x.numel()
+
+        return build
+
+    gain, shift = make(WIDTH), make(WIDTH)
+    elementwise = {
+        "add": lambda x: x + x,
+        "gelu": F.gelu,
+        "exp": torch.exp,
+        "softmax": lambda x: torch.softmax(x, -1),
+        "layer_norm": lambda x: F.layer_norm(x, (WIDTH,), gain, shift),
+        "sum": lambda x: x.sum(-1),
+        "copy": lambda x: x.clone(),
+    }
+    products = {
+        "mm": (((16, 64, 256, 1024, 4096), (64, 128, 512, 2048), (64, 128, 512, 2048)), mm),
+        "bmm": (((8, 32, 128, 512), (8, 32, 128, 512), (8, 32, 128, 512)), bmm),
+        "attention": (((16, 64, 256, 1024), (4, 16, 64, 256, 1024), (32, 64)), attention),
+        "convolution": (((64, 1024), (192, 768), (128, 384)), convolution),
+        "depthwise": (((WIDTH * 64, WIDTH * 1024), (9, 25)), depthwise),
+    }
+    singles = {"pool": pool, "transpose": transpose} | {name: rows(f) for name, f in elementwise.items()}
+    return products | {name: ((ELEMENTS,), build) for name, build in singles.items()}

@@ -1,0 +1,260 @@
+"""The search for the proposed model: what each layer is worth, the best plans exactly, and the rule that takes one.
+
+A plan's loss is predicted as the sum of what its changes cost one at a time, its time as the sum of its blocks' times.
+Under that model `pareto_plans` is exact; how far the model itself holds is for the measured candidates to say.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from thesis_lib import backbone, class_token, perceptual
+from thesis_lib.adaptive_speed import interleaved, passes
+from thesis_lib.comparators import Branch, DreamSim
+from thesis_lib.efficiency import median_row
+from thesis_lib.layer_plan import DROP, KEEP, Plan, apply_plan
+from thesis_lib.perceptual import DTYPES, Metric
+from thesis_lib.statistics import paired_difference
+
+HALVE = "halve"  # the action that is no layer's own: from this block on the patches' grid is halved
+Predicted = tuple[float, float, Plan]  # seconds, loss, plan
+
+
+class InFormat(nn.Module):
+    """A metric in bfloat16 or float16, weights and arithmetic; images and embeddings stay float32."""
+
+    def __init__(self, metric: nn.Module, dtype: str) -> None:
+        super().__init__()
+        self.metric, self.dtype = copy.deepcopy(metric).to(DTYPES[dtype]), DTYPES[dtype]
+        self._check = metric._check
+        self.train(metric.training)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return float32 embeddings: (B, 3, H, W) floats in [0, 1] -> (B, D)."""
+        self._check(x)
+        return self._embed(x)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        return self.metric._embed(x.to(self.dtype)).float()
+
+
+def in_format(metric: nn.Module, dtype: str) -> nn.Module:
+    """Return the metric itself for float32, a converted copy for another of `perceptual.DTYPES`."""
+    return metric if dtype == "float32" else InFormat(metric, dtype)
+
+
+def planned(metric: Metric, plan: Plan) -> Metric:
+    """Return a copy of a metric whose backbone follows the plan, in eval mode."""
+    vit = apply_plan(copy.deepcopy(metric.backbone), **plan.described())
+    return Metric(vit, metric.feature, metric.normalize).eval()
+
+
+def judged(metric: nn.Module, dataset: Any, pixels: Any, **options: Any) -> tuple[Tensor, np.ndarray]:
+    """Embed a NIGHTS data set's images and score its triplets: embeddings (m, D), 2AFC scores (n,)."""
+    rows = np.flatnonzero(pixels.usable[dataset.index].all(axis=1))
+    needed, inverse = np.unique(dataset.index[rows], return_inverse=True)
+    embeddings = perceptual.embed_pixels(metric, pixels, indices=needed, progress=False, **options)
+    distances = perceptual.triplet_distances(embeddings, inverse.reshape(-1, 3))
+    return embeddings, perceptual.two_afc_scores(*distances, dataset.right_vote[rows]).numpy()
+
+
+def sensitivity(
+    teacher: Metric, dataset: Any, pixels: Any, mixers: Iterable[str], *, progress: bool = True, **options: Any
+) -> list[dict]:
+    """Change one layer of the teacher at a time, train nothing, and return what it does to the images of `dataset`.
+
+    Rows by `layer` (from 0) and `action` (a mixer, "drop", or "halve": from this layer on): embedding_distance, the
+    mean 1 - cosine to the teacher's embedding, and 2afc_loss with its paired 95 % interval. options: of `embed_pixels`.
+    """
+    depth = len(teacher.backbone.blocks)
+    before, scores = judged(teacher, dataset, pixels, **options)
+    changes = [(layer, action) for layer in range(depth) for action in (*mixers, DROP)]
+    changes += [(layer, HALVE) for layer in range(1, depth - 1)]
+    rows = []
+    for layer, action in tqdm(changes, unit="change", disable=not progress):
+        changed = planned(teacher, _one_change(depth, layer, action))
+        after, own = judged(changed, dataset, pixels, **options)
+        where = {"unit": "1", "layer": layer, "action": action}
+        apart = perceptual.distance(before, after).mean().item()
+        rows.append({"metric": "embedding_distance", "value": apart, "n": len(before)} | where)
+        gap = paired_difference(scores, own)
+        rows.append(
+            {"metric": "2afc_loss", "value": gap.difference, "low": gap.low, "high": gap.high, "n": gap.n} | where
+        )
+    return rows
+
+
+def _one_change(depth: int, layer: int, action: str) -> Plan:
+    actions = [KEEP] * depth
+    if action == HALVE:
+        return Plan(tuple(actions), layer)
+    actions[layer] = action
+    return Plan(tuple(actions))
+
+
+def block_seconds(
+    teacher: Metric, mixers: Mapping[bool, Iterable[str]], images: Tensor, *, rounds: int = 9, seconds: float = 20.0
+) -> dict[tuple[str, bool, bool], float]:
+    """Measure what a block takes, seconds a batch, by (mixer, on the halved grid, is the last), all timed in turn.
+
+    mixers: those to try beside attention, by whether the grid is halved. images: (B, 3, H, W), floats in [0, 1].
+    What the last block takes includes all around the blocks (patch embedding, halving, normalisation), and it is cut to
+    the class token where `class_token` can: a plan takes the sum over its blocks.
+    """
+    depth, vit, tasks = len(teacher.backbone.blocks), teacher.backbone, {}
+    for small, names in mixers.items():
+        cells = vit.patch_embed.num_patches // (4 if small else 1)
+        tokens = torch.randn(len(images), vit.num_prefix_tokens + cells, vit.embed_dim, device=images.device)
+        for name in (KEEP, *names):
+            between, merge = (DROP,) * (depth - 2), 0 if small else None
+            block = planned(teacher, Plan((name, *between, KEEP), merge)).backbone.blocks[0]
+            tasks |= passes({(name, small, False): _whole(block)}, tokens)
+            tasks |= passes({(name, small, True): planned(teacher, Plan((KEEP, *between, name), merge))._embed}, images)
+    times = {key: float(np.median(t)) for key, t in interleaved(tasks, rounds=rounds, seconds=seconds).items()}
+    return {
+        (name, small, last): times[name, small, last] - (times[KEEP, small, False] if last else 0.0)
+        for name, small, last in times
+    }
+
+
+def _whole(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda tokens: Block.forward(block, tokens)  # without the halving that a coarser block starts with
+
+
+def pareto_plans(
+    loss: Mapping[tuple[int, str], float],
+    halving: Mapping[int, float],
+    seconds: Mapping[tuple[str, bool, bool], float],
+) -> list[Predicted]:
+    """Find all plans that no other beats in predicted time and loss, fastest first, exactly.
+
+    loss: by (layer, action), 0 where attention stays; "drop" for every layer. halving: the loss by the block before
+    which the grid is halved. seconds: as `block_seconds` gives them; a mixer that is not in it is not used there.
+    Dynamic programming over the layers: both sums are additive, so a beginning that another beats in both can be
+    dropped. It is done once for each last block and each halving, because these change what the other blocks take.
+    """
+    depth, found = 1 + max(layer for layer, _ in loss), []
+    actions = {small: [name for name, s, last in seconds if s == small and not last] for small in (False, True)}
+
+    def choices(layer: int, small: bool, last: bool) -> list[tuple[float, float, str]]:
+        return [(seconds[name, small, last], loss.get((layer, name), 0.0), name) for name in actions[small]]
+
+    for merge in (None, *halving):
+        for last in range(1 if merge is None else merge + 1, depth):
+            front, empty = [], [(0.0, halving.get(merge, 0.0), ())]  # beginnings with and without a block that stays
+            for layer in range(last):
+                stay = choices(layer, merge is not None and layer >= merge, False)
+                gone = [] if layer == merge else [(0.0, loss[layer, DROP], DROP)]
+                front = _best([*_joined(front, stay + gone), *_joined(empty, stay)])
+                empty = _joined(empty, gone)
+            rest = sum(loss[layer, DROP] for layer in range(last + 1, depth))
+            for spent, lost, chosen in _joined(front, choices(last, merge is not None, True)):
+                found.append((spent, lost + rest, Plan(chosen + (DROP,) * (depth - last - 1), merge)))
+    return _best(found)
+
+
+def _joined(beginnings: Sequence[tuple], choices: Sequence[tuple]) -> list[tuple]:
+    return [(s + t, a + b, (*before, name)) for s, a, before in beginnings for t, b, name in choices]
+
+
+def _best(items: Iterable[tuple]) -> list[tuple]:
+    """Keep what no other item beats in its first two numbers, by the first."""
+    kept = []
+    for item in sorted(items, key=lambda item: item[:2]):
+        if not kept or item[1] < kept[-1][1]:
+            kept.append(item)
+    return kept
+
+
+def within_budgets(front: Sequence[Predicted], shares: Iterable[float], whole: float) -> list[Predicted]:
+    """Take, for each share of the time `whole`, the plan of least predicted loss that needs no more; each plan once."""
+    chosen = []
+    for share in shares:
+        able = [item for item in front if item[0] <= share * whole]
+        if able and (best := min(able, key=lambda item: item[1])) not in chosen:
+            chosen.append(best)
+    return chosen
+
+
+def on_front(table: pd.DataFrame) -> np.ndarray:
+    """Say of each candidate (columns accuracy, seconds) whether no other is as good in both and better in one."""
+    accuracy, seconds = (table[name].to_numpy(float) for name in ("accuracy", "seconds"))
+    no_worse = (accuracy[None] >= accuracy[:, None]) & (seconds[None] <= seconds[:, None])
+    better = (accuracy[None] > accuracy[:, None]) | (seconds[None] < seconds[:, None])
+    return ~(no_worse & better).any(axis=1)
+
+
+def select(table: pd.DataFrame, teacher: str, *, within: float = 0.02) -> str:
+    """Return the name of the fastest candidate on the Pareto front that loses at most `within` to the teacher.
+
+    table: columns name, accuracy (2AFC on val), seconds (measured), the teacher among them: where nothing else
+    qualifies it is chosen itself. Of candidates equal in both numbers the first. ValueError without the teacher or for
+    a name that stands twice.
+    """
+    if (table["name"] == teacher).sum() != 1 or table["name"].duplicated().any():
+        raise ValueError(f"the candidates must have one row each, and one of the teacher {teacher!r}")
+    least = table.loc[table["name"] == teacher, "accuracy"].iloc[0] - within
+    able = table[on_front(table) & (table["accuracy"] >= least - 1e-9)]
+    return able.loc[able["seconds"].idxmin(), "name"]
+
+
+def steps(name: str, plan: Plan, *, img_size: int | None = None) -> dict[str, nn.Module]:
+    """Return a timm ViT with random weights on its way to the plan, one change more at each step: metrics by step.
+
+    Only the last, "class token only", is `Metric`, which cuts the last block; changes that the plan lacks are left out.
+    """
+    vit = backbone.create(name, pretrained=False, img_size=img_size)
+    plan = plan.stretched(len(vit.blocks))
+    forms = {"whole": None}
+    if set(plan.actions) - {DROP, KEEP}:
+        forms["mixers"] = Plan(tuple(KEEP if action == DROP else action for action in plan.actions))
+    if DROP in plan.actions:
+        forms["depth"] = Plan(plan.actions)
+    if plan.merge is not None:
+        forms["halved grid"] = plan
+    made = {}
+    for step, form in forms.items():
+        model = copy.deepcopy(vit)
+        made[step] = DreamSim([Branch(model if form is None else apply_plan(model, **form.described()))])
+    final = Metric(made[step].branches[0].vit).eval().requires_grad_(False)
+    if class_token.possible(final.backbone):
+        made["class token only"] = final
+    return made
+
+
+def speed_rows(
+    models: Mapping[tuple[str, str], nn.Module],
+    images: Mapping[str, Tensor],
+    reference: str,
+    *,
+    rounds: int = 5,
+    seconds: float = 60.0,
+    **protocol: Any,
+) -> list[dict]:
+    """Time embeddings in turn, from bytes on the device to embeddings there, and compare each with the reference.
+
+    models: by (name, number format). images: uint8 (B, 3, S, S) by name, the same pictures at the size it takes.
+    Rows by `model` and `dtype`: batch_time (ms, median with 95 % interval) and speedup, the median over rounds of the
+    ratio of the time that the reference took in the same number format to the model's own.
+    """
+    tasks, rows = {}, []
+    for (name, dtype), model in models.items():
+        tasks |= passes({(name, dtype): lambda x, model=model: model._embed(x.float() / 255)}, images[name])
+    times = interleaved(tasks, rounds=rounds, seconds=seconds)
+    for name, dtype in models:
+        own = {"model": name, "dtype": dtype, "batch": len(images[name])} | protocol
+        found = {"batch_time": ("ms", 1e3 * times[name, dtype])}
+        found |= {"speedup": ("1", times[reference, dtype] / times[name, dtype])}
+        for metric, (unit, samples) in found.items():
+            row = median_row("latency", samples)  # of which only the description is kept
+            rows.append(
+                {"metric": metric, "unit": unit} | {key: row[key] for key in ("value", "low", "high", "n")} | own
+            )
+    return rows
