@@ -76,7 +76,7 @@ def test_every_item_has_a_caption_and_latex(written):
 def test_the_main_table_says_what_the_rows_say(written):
     frame = written[0]["attention_transfer"].frame.set_index("Run")
     assert list(frame.index[:2]) == ["Scratch", "Fine-tuned teacher"]
-    assert frame.index[-1] == "Copy of maps averaged over examples"
+    assert frame.index[-1] == "Copy, averaged over examples"
     assert frame.loc["Attention copy", "Top-1 (%)"] == 35.0
     assert frame.loc["Attention copy", "95 % CI"] == "[27.0, 43.0]"
     assert frame.loc["Attention copy", "Points"] == 25.0 and frame.loc["Attention copy", "p"] == "< 0.001"

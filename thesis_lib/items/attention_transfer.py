@@ -94,7 +94,7 @@ def transfer(rows: pd.DataFrame, images: pd.DataFrame) -> Table:
     both = pd.concat([main, controls], ignore_index=True)
     frame = pd.DataFrame(
         {
-            "Run": [RUNS.get(stage, f"Copy of maps {stage}") for stage in both["stage"]],
+            "Run": [RUNS.get(stage, f"Copy, {stage}") for stage in both["stage"]],
             "Top-1 (%)": (100 * both["value"].astype(float)).round(1),
             INTERVAL: [interval(*ends, scale=100) for ends in both[["low", "high"]].to_numpy(dtype=float)],
             "Points": [round(100 * tests["difference"].get(stage, np.nan), 1) for stage in both["stage"]],
