@@ -120,12 +120,12 @@ def shrink(profile):
     profile["02_attention_evaluation"]["lora"] |= few | {"max_batches": 1}
     transfer, adaptive = profile["05_attention_transfer"], profile["06_adaptive_tokens"]
     for recipe in transfer["recipes"].values():
-        recipe["epochs"] = 1
+        recipe |= {"epochs": 1, "warmup_epochs": 0}
     transfer["perceptual"] |= few | {"weights": "dino_vitbase16_pretrain.pth"}
-    adaptive["train"] |= {"batch_size": 2, "mixed_precision": "no"}
+    adaptive["train"] |= {"batch_size": 2, "warmup_epochs": 0, "mixed_precision": "no"}
     adaptive["metric"] |= few | {"mixed_precision": "no"}
     classification, correspondence = profile["07_image_classification"], profile["08_semantic_correspondence"]
-    classification["training"]["mixed_precision"] = "no"
+    classification["training"] |= {"warmup_epochs": 0, "mixed_precision": "no"}
     for given in classification["datasets"].values():
         given |= {"runs": 1, "mixers": ["standard", "hybrid"]}
         given["training"] = {"epochs": 1, "max_batches": 1, "batch_size": 4}
