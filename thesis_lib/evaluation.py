@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from thesis_lib import perceptual
 from thesis_lib.statistics import bootstrap_mean
@@ -77,10 +76,14 @@ def _histograms(images: Tensor, bins: int = 8) -> Tensor:
 
 
 def _minus_psnr(a: Tensor, b: Tensor) -> Tensor:
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # takes seconds, and only notebook 01 asks
+
     return -peak_signal_noise_ratio(a, b, data_range=1.0, reduction="none", dim=(1, 2, 3))
 
 
 def _minus_ssim(a: Tensor, b: Tensor) -> Tensor:
+    from torchmetrics.functional.image import structural_similarity_index_measure  # likewise
+
     return -structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
 
 
