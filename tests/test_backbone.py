@@ -401,3 +401,9 @@ def test_normalization_is_the_weights_own():
     assert backbone.normalization(dino) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert backbone.normalization(augreg) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert backbone.normalization(backbone.create("demo")) == backbone.normalization(dino)
+
+
+def test_deit_is_a_timm_vit_too_but_not_with_a_distillation_token():
+    assert backbone.create("deit_tiny_patch16_224.fb_in1k", "pool", pretrained=False).num_prefix_tokens == 1
+    with pytest.raises(ValueError, match="near ones: deit_tiny_patch16_224"):
+        backbone.create("deit_tiny_distilled_patch16_224", pretrained=False)

@@ -201,8 +201,12 @@ def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
 
 
 def _architecture(name: str, *, hub: bool) -> VisionTransformer:
-    known = timm.list_models(module="vision_transformer", include_tags=True)
-    known += timm.list_models(module="vision_transformer") + ["demo"]
+    listed = [
+        timm.list_models(module=module, include_tags=tags)
+        for module in ("vision_transformer", "deit")
+        for tags in (True, False)
+    ]
+    known = [model for models in listed for model in models if "distilled" not in model] + ["demo"]
     if name not in known:
         near = difflib.get_close_matches(name, known) or ["demo", "vit_base_patch16_224.dino"]
         raise ValueError(f"There is no timm VisionTransformer {name!r}; near ones: {', '.join(near)}.")
