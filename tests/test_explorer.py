@@ -14,7 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from thesis_lib import attention, backbone, paths
+from thesis_lib import adaptive_tokens, attention, backbone, paths
+from thesis_lib.adaptive_tokens import AdaptiveViT, preset
+from thesis_lib.adaptive_training import headed
+from thesis_lib.datasets import synthetic
+from thesis_lib.datasets.synthetic_correspondence import write_spair
 from thesis_lib.explorer import Explorer, attention_maps, overlay
 from thesis_lib.perceptual import Metric, save
 
@@ -42,11 +46,16 @@ def write_triplets(root: Path, n: int = 4) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A data folder with triplets and one saved student."""
+    """A data folder with triplets, key-points, classified images, a saved student and a saved adaptive classifier."""
     folder = tmp_path_factory.mktemp("data")
     write_triplets(folder / "raw" / "synthetic" / "demo" / "nights")
     torch.manual_seed(0)
-    save(Metric(backbone.create("demo", "pool", pretrained=False)), folder / "results" / "demo" / "models" / "student")
+    models, raw = folder / "results" / "demo" / "models", folder / "raw" / "synthetic" / "demo"
+    save(Metric(backbone.create("demo", "pool", pretrained=False)), models / "student")
+    adaptive = AdaptiveViT(headed("demo", 18, pretrained=False), preset("paper", target_depth=3.5))
+    adaptive_tokens.save(adaptive, models / "adaptive-finetuned.safetensors")
+    write_spair(raw / "spair71k", {"test": 3}, workers=1)
+    synthetic.write_imagenet100(raw / "imagenet100", {"train": 2, "validation": 2, "test": 3}, workers=1)
     return folder
 
 
@@ -275,6 +284,12 @@ def test_a_person_clicks_through_the_notebook_in_jupyterlab(lab, tmp_path):
             expect(attended.nth(1)).not_to_have_attribute("src", shown, timeout=60_000)
             expect(page.get_by_label("Query")).to_have_value("row 3, column 6")
             page.wait_for_function(DRAWN, timeout=60_000)
+            found = page.locator(".match-found")
+            expect(found.locator("img").first).to_be_visible(timeout=60_000)
+            before = found.inner_html()
+            page.locator(".match-source img").click(position={"x": 30, "y": 150})
+            page.wait_for_function("before => document.querySelector('.match-found').innerHTML !== before", arg=before)
+            expect(page.locator(".halting-explorer")).to_contain_text("of the tokens computed", timeout=60_000)
             for _ in range(20):  # the pictures are replaced one by one, so the first found may be gone again
                 with contextlib.suppress(Error):
                     attended.nth(1).screenshot(path=tmp_path / "attention.png", timeout=5_000)
