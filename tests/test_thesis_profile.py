@@ -120,7 +120,7 @@ def shrink(profile):
     profile["02_attention_evaluation"]["lora"] |= few | {"max_batches": 1}
     transfer, adaptive = profile["05_attention_transfer"], profile["06_adaptive_tokens"]
     for recipe in transfer["recipes"].values():
-        recipe |= {"epochs": 1, "warmup_epochs": 0}
+        recipe |= {"epochs": 1, "warmup_epochs": 0, "min_lr": 0.0}
     transfer["perceptual"] |= few | {"weights": "dino_vitbase16_pretrain.pth"}
     adaptive["train"] |= {"batch_size": 2, "warmup_epochs": 0, "mixed_precision": "no"}
     adaptive["metric"] |= few | {"mixed_precision": "no"}

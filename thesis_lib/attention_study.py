@@ -19,7 +19,7 @@ from thesis_lib.attention_transfer import AttentionTransfer
 
 TRANSFER = ("mode", "end_layer", "layers", "heads", "average", "drop_path")
 TRAINING = ("epochs", "min_lr", "warmup_epochs", "layer_decay", "beta2", "weight_decay", "ema_decay", "atd_weight")
-RECIPE = (*TRANSFER, *TRAINING, "blr", "augment", "init")
+RECIPE = (*TRANSFER, *TRAINING, "blr", "min_blr", "augment", "init")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Study:
 
     data: (pixels, labels) of "train", "validation" and "test". folder: where each run has its checkpoint.
     blr: the rate per 256 images of a step, as the published recipes give it: lr = blr * batch * processes / 256.
+    min_blr: where the schedule ends, per 256 images likewise; min_lr: the same as it is.
     init: start from the teacher's encoder instead of random weights (fine-tuning).
     average: "heads", "queries", or "examples" (maps averaged over the training images, a copy's control).
     options: those of `training.fit` (device, mixed_precision, resume, seed, ...) and max_batches.
@@ -85,17 +86,20 @@ class Study:
             model.to(device)
         if examples:
             model.teacher.fix_maps(self._normalised(model))
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        scale = self.batch_size * int(os.environ.get("WORLD_SIZE", "1")) / 256
+        training = {key: recipe[key] for key in TRAINING if key in recipe}
+        if "min_blr" in recipe:
+            training["min_lr"] = recipe["min_blr"] * scale
         log = train_classifier(
             model,
             *self.data["train"],
             self.data["validation"],
             batch_size=self.batch_size,
-            lr=recipe["blr"] * self.batch_size * processes / 256,
+            lr=recipe["blr"] * scale,
             schedule="cosine",
             augment=recipe.get("augment"),
             checkpoint=self.folder / f"{name}.checkpoint",
-            **{key: recipe[key] for key in TRAINING if key in recipe},
+            **training,
             **self.options,
         )
         return Outcome(model, log, predict(model, self.data["test"][0], batch_size=self.batch_size, device=device))
