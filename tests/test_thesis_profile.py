@@ -29,6 +29,11 @@ SMALL = {  # what a few samples on a CPU need to differ; all else is the thesis'
         "latency_runs": 3,
         "warmup_batches": 1,
         "rounds": 1,
+        "variants": [],
+        "train_batch": 0,
+        "best_batch": False,
+        "ceiling_time": 0.001,
+        "predicted_sizes": {"vit_base_patch16_224.dino": [224]},
     },
     "04_distillation": {
         "device": "cpu",

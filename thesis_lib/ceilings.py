@@ -1,8 +1,10 @@
 """What a machine can do a second, measured on the spot with plain operations: the ceilings of cost_model.py.
 
-Products, convolutions, softmax attention, elementwise operations and copies run alone, at a few sizes each, in a loop.
-Their rates are interpolated over the logarithms of the sizes, for a small product reaches a fraction of a large one's
-rate and a copy in cache many times that of one outside it. No model, and no layer of one, is among them.
+Products, convolutions, softmax attention, elementwise operations and copies are timed at a few sizes each. On a CPU a
+few others run before every timed call, as in a network: in a loop of its own an operation finds its code and memory in
+the nearest cache and takes half as long. On a GPU calls queue up, as they do there. Rates are interpolated over the
+logarithms of the sizes, for a small product reaches a fraction of a large one's rate and a copy in cache many times
+that of one outside it. No model is among them.
 """
 
 import itertools
@@ -26,8 +28,8 @@ WIDTH = 128  # of the rows that elementwise operations run over
 class Curve:
     """The rate of one operation, work a second, over its sizes, and what a call of it costs with nothing to do, s.
 
-    axes: one increasing tuple of sizes a dimension, none for what only has an overhead; rates: an array over their grid.
-    Beyond the grid the rate of its edge holds.
+    axes: one increasing tuple of sizes a dimension, none for what only has an overhead; rates: an array over their
+    grid. Beyond the grid the rate of its edge holds.
     """
 
     overhead: float
@@ -76,49 +78,70 @@ class Ceilings:
         return rows
 
 
-def measure(*, device: str = "cpu", dtype: str = "float32", threads: int | None = None, seconds: float = 0.01) -> Ceilings:
+def measure(
+    *, device: str = "cpu", dtype: str = "float32", threads: int | None = None, seconds: float = 0.01
+) -> Ceilings:
     """Measure every curve; `seconds` is spent on each of about 200 points, more where one call takes longer."""
     if threads:
         torch.set_num_threads(threads)
     number, limit = getattr(torch, dtype), 2**27 if device == "cpu" else 2**37
     make = lambda *shape: torch.rand(*shape, device=device).to(number)
-    curves = {}
+    curves, between = {}, _others(make) if device == "cpu" else None
     with torch.inference_mode():
         for family, (axes, build) in _families(make).items():
             call, _ = build(*(min(axis[0], 16) for axis in axes))
-            overhead = _seconds(call, device, seconds)
+            overhead = _seconds(call, between, seconds)
             rates = np.empty([len(axis) for axis in axes])
             for place, sizes in zip(np.ndindex(*rates.shape), itertools.product(*axes), strict=True):
                 while family in UNITS and math.prod(sizes) > limit and sizes[0] > 256:  # the rate is level there
                     sizes = (sizes[0] // 2, *sizes[1:])
                 call, work = build(*sizes)
-                spent = _seconds(call, device, seconds)
+                spent = _seconds(call, between, seconds)
                 rates[place] = work / max(spent - overhead, 0.05 * spent)
             curves[family] = Curve(overhead, axes, rates)
         x, module = make(8, 8), nn.Identity()
-        curves["view"] = Curve(_seconds(lambda: x.transpose(0, 1), device, seconds))
-        curves["module"] = Curve(_seconds(lambda: module(x), device, seconds))
+        # These come several in a row, in a network, too.
+        curves["view"] = Curve(_seconds(lambda: [x.transpose(0, 1) for _ in range(4)], between, seconds) / 4)
+        curves["module"] = Curve(_seconds(lambda: [module(x) for _ in range(4)], between, seconds) / 4)
     return Ceilings(device, dtype, torch.get_num_threads(), curves)
 
 
-def _seconds(call: Callable[[], object], device: str, budget: float) -> float:
-    """Median over blocks of calls of the time of one, each block long enough for the clock."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-
-    def block(calls: int) -> float:
-        wait()
-        start = time.perf_counter()
-        for _ in range(calls):
+def _seconds(call: Callable[[], object], between: Callable[[], object] | None, budget: float) -> float:
+    """Median time of one call: of calls that each follow `between`, or of blocks of calls on a GPU (None), queued."""
+    call()
+    times, calls, end = [], 1, time.perf_counter() + budget
+    if not between:
+        calls = max(1, math.ceil(0.1 * budget / max(_block(call, 1), 1e-6)))
+    while len(times) < 5 or time.perf_counter() < end:
+        if between:
+            between()
+            start = time.perf_counter()
             call()
-        wait()
-        return (time.perf_counter() - start) / calls
-
-    block(2)
-    calls = max(1, math.ceil(0.1 * budget / block(1)))
-    times, end = [], time.perf_counter() + budget
-    while len(times) < 3 or time.perf_counter() < end:
-        times.append(block(calls))
+            times.append(time.perf_counter() - start)
+        else:
+            times.append(_block(call, calls))
     return float(np.median(times))
+
+
+def _block(call: Callable[[], object], calls: int) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def _others(make: Callable[..., Tensor]) -> Callable[[], object]:
+    """Return a few small operations in a row: what precedes an operation in a network is not itself."""
+    x, weight, back, gain = make(64, 128), make(512, 128), make(128, 512), make(128)
+
+    def between() -> Tensor:
+        y = F.linear(F.gelu(F.linear(x, weight)), back) + x
+        y = F.layer_norm(y, (128,), gain).t().contiguous().softmax(-1)
+        return torch.bmm(y.view(4, 32, 64), y.view(4, 32, 64).mT).sum(-1).exp()
+
+    return between
 
 
 def _families(make: Callable[..., Tensor]) -> dict[str, tuple[tuple, Callable]]:

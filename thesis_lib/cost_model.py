@@ -29,8 +29,9 @@ COPIES = {"clone", "copy_", "copy", "_to_copy", "cat", "stack", "constant_pad_nd
 COPIES |= {"roll", "repeat", "flip", "fill_", "im2col", "index_put_", "scatter", "slice_scatter", "select_scatter"}
 FREE = {"_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "empty", "empty_like", "new_empty"}
 FREE |= {"empty_strided", "new_empty_strided"}
-FAMILIES = {"_softmax": "softmax", "_log_softmax": "softmax", "gelu": "gelu", "native_layer_norm": "layer_norm"}
-FAMILIES |= dict.fromkeys(("exp", "exp_", "log", "tanh", "sigmoid", "erf", "pow", "silu", "sin", "cos"), "exp")
+FAMILIES = dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax"), "softmax")
+FAMILIES |= {"gelu": "gelu", "native_layer_norm": "layer_norm"}
+FAMILIES |= dict.fromkeys(("exp", "exp_", "log", "tanh", "sigmoid", "erf", "silu", "sin", "cos"), "exp")
 FAMILIES |= dict.fromkeys(("sum", "mean", "amax", "max", "linalg_vector_norm", "var_mean", "topk", "sort"), "sum")
 FAMILIES |= {"avg_pool2d": "pool", "max_pool2d_with_indices": "pool"}
 WEIGHTS = {"softmax": SOFTMAX, "gelu": 5, "layer_norm": 7}  # operations an element, as `Cost` counts them
@@ -66,13 +67,19 @@ def kind(name: str) -> str:
         return "launches" if name == "scaled_dot_product_attention" else "matmul"
     if name in COPIES:
         return "copy"
-    packet = getattr(torch.ops.aten, name, None)
-    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
-    wrapper = any(
-        op.is_view or torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
-        for op in overloads
-    )
+    wrapper = _is_wrapper(getattr(torch.ops.aten, name, None))
     return "launches" if wrapper or name in FREE or name.startswith("empty") else "elementwise"
+
+
+def _is_wrapper(packet: object) -> bool:
+    """Say whether all of an operator's overloads on tensors are views or made of other operators."""
+    found = [getattr(packet, name) for name in packet.overloads() if not name.endswith("out")] if packet else []
+    types = [[str(argument.type) for argument in op._schema.arguments] for op in found]
+    on_tensors = [op for op, own in zip(found, types, strict=True) if any("Tensor" in t for t in own)]
+    named = [op for op in on_tensors if "Dimname" in str(op._schema) or "str dim" in str(op._schema)]
+    plain = [op for op in on_tensors if op not in named]
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key
+    return bool(plain) and all(op.is_view or composite(op.name(), "CompositeImplicitAutograd") for op in plain)
 
 
 def record(model: nn.Module, batch: int, size: Sequence[int], *, dtype: str = "float32", fused: bool = True) -> list:
@@ -105,8 +112,8 @@ def totals(operations: Iterable[Operation]) -> dict[str, int]:
 def predict(operations: Iterable[Operation], ceilings: Ceilings) -> dict[str, float]:
     """Predict the time of a pass by term, seconds: the sum over operations of overhead + max(compute, memory).
 
-    The roofline of Williams et al. (CACM 2009) for each operation, with the rate that its family reached at its size and
-    the bandwidth that a copy of as many bytes reached; the overhead counts as launches.
+    The roofline of Williams et al. (CACM 2009) for each operation, with the rate that its family reached at its size
+    and the bandwidth that a copy of as many bytes reached; the overhead counts as launches.
     """
     found = dict.fromkeys(TERMS, 0.0)
     for op, count in Counter(operations).items():
@@ -152,7 +159,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         name = func.overloadpacket.__name__
-        view = func.is_view or name in FREE
+        view = func.is_view or name in FREE or not any(isinstance(t, Tensor) for t in tree_leaves(out))
         self.operations.append(VIEW if view else _describe(name, args, kwargs or {}, out))
         return out
 

@@ -1,134 +1,49 @@
-"""What a model costs on a machine: latency, throughput, peak memory, beside what closed_form.py says it should.
+"""What a model costs on a machine: latency, throughput, memory, training, beside what closed_form.py says it should.
 
 `python -m thesis_lib.efficiency --backbone demo --mixer pool --image-size 128 --batch 1 8` measures one configuration.
+The instruments are timing.py's; efficiency_grid.py drives a grid of configurations.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
-import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and stop on stderr otherwise
-
-import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from timm.models import VisionTransformer
 
-from thesis_lib import attention, backbone
+from thesis_lib import attention, backbone, class_token, cost_model
 from thesis_lib.closed_form import activated_macs, count_macs, model_cost
+from thesis_lib.timing import (
+    BACKENDS,
+    UNITS,
+    compiled,
+    energy,
+    latency,
+    median_row,
+    missing,
+    peak_memory,
+    pinned,
+    refusal,
+    row,
+    throughput,
+    time_forward,
+    time_split,
+    training_rows,
+)
 
-UNITS = {
-    "macs": "MAC",
-    "macs_counted": "MAC",
-    "macs_activated": "MAC",
-    "elementwise": "1",
-    "params": "1",
-    "latency": "ms",
-    "throughput": "image/s",
-    "peak_memory": "MiB",
-}
-KEYS = ["backbone", "mixer", "image_size", "tokens", "dtype", "device", "batch", "metric"]
+__all__ = ["UNITS", "latency", "measure", "measure_apart", "median_row", "missing", "peak_memory", "pool_rounds"]
+__all__ += ["refusal", "rotated", "throughput", "time_forward"]
 
-
-def time_forward(
-    model: nn.Module, x: torch.Tensor, *, runs: int = 50, warmup: int = 10, seconds: float = 10.0
-) -> np.ndarray:
-    """Time forward passes one by one by the wall clock, seconds; on a GPU each is waited for, so launches count.
-
-    Stops after `runs`, or once `seconds` have gone by and three are done. Warm-up passes, of which there may be fewer
-    where they outlast `seconds`, are not timed.
-    """
-    wait: Callable[[], None] = torch.cuda.synchronize if x.is_cuda else lambda: None
-    times: list[float] = []
-    with torch.inference_mode():
-        end = time.perf_counter() + seconds
-        while warmup and time.perf_counter() < end:
-            model(x)
-            wait()
-            warmup -= 1
-        end = time.perf_counter() + seconds
-        while len(times) < runs and (len(times) < 3 or time.perf_counter() < end):
-            start = time.perf_counter()
-            model(x)
-            wait()
-            times.append(time.perf_counter() - start)
-    return np.array(times)
-
-
-def median_row(metric: str, samples: Sequence[float] | np.ndarray) -> dict:
-    """Describe samples by median, its 95 % percentile-bootstrap interval, p5 and p95; the samples stay in the row."""
-    samples = np.asarray(samples, dtype=float)
-    low = high = np.median(samples)
-    if len(samples) > 1 and np.ptp(samples) > 0:
-        low, high = stats.bootstrap(
-            (samples,), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
-        ).confidence_interval
-    p5, p95 = np.percentile(samples, [5, 95])
-    return {
-        "metric": metric,
-        "value": float(np.median(samples)),
-        "unit": UNITS[metric],
-        "low": float(low),
-        "high": float(high),
-        "p5": float(p5),
-        "p95": float(p95),
-        "n": len(samples),
-        "samples": samples.tolist(),
-    }
-
-
-def latency(model: nn.Module, x: torch.Tensor, **timing) -> dict:
-    """Measure the time of one forward pass, ms; `timing` as in `time_forward`."""
-    return median_row("latency", 1e3 * time_forward(model, x, **timing))
-
-
-def throughput(model: nn.Module, x: torch.Tensor, **timing) -> dict:
-    """Measure images per second at the batch of `x`; `timing` as in `time_forward`."""
-    return median_row("throughput", len(x) / time_forward(model, x, **timing))
-
-
-def peak_memory(model: nn.Module, x: torch.Tensor) -> tuple[dict, str | None]:
-    """Measure the most bytes a forward pass holds beyond weights and input, MiB, and name the attention kernel it ran.
-
-    A GPU's caching allocator knows its own peak. On a CPU every allocation and release that torch makes is recorded and
-    summed in order of time: exact to the byte and repeatable, but without the scratch of oneDNN and MKL.
-    The kernel is "flash", "efficient", "cudnn", "math" or None where the model never calls SDPA.
-    """
-    with torch.inference_mode():
-        if x.is_cuda:
-            torch.cuda.reset_peak_memory_stats(x.device)
-            before = torch.cuda.memory_allocated(x.device)
-            model(x)
-            held = torch.cuda.max_memory_allocated(x.device) - before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            model(x)
-    events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    if not x.is_cuda:
-        changes = [event.nbytes() for event in events if event.name() == "[memory]"]
-        held = int(np.cumsum(changes, dtype=np.int64).max(initial=0))
-    called = " ".join(event.name() for event in events if "_scaled_dot_product_" in event.name())
-    kernel = next((name for name in ("flash", "efficient", "cudnn", "math") if name in called), None)
-    return {"metric": "peak_memory", "value": held / 2**20, "unit": "MiB", "n": 1}, kernel
-
-
-def refusal(error: Exception) -> str | None:
-    """Return the note for an error that is a finding (out of memory, no kernel for a number format), else None."""
-    text = str(error).strip().split("\n")[0]
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
-        return "out of memory"
-    return text if "not implemented for" in text else None
-
-
-def missing(metrics: Iterable[str], note: str) -> list[dict]:
-    """Make the rows of metrics that could not be measured: null values and a note that says why."""
-    return [{"metric": metric, "value": None, "unit": UNITS[metric], "n": 0, "note": note} for metric in metrics]
+KEYS = ["backbone", "mixer", "image_size", "tokens", "dtype", "device", "mode", "sdpa_pinned", "batch", "metric"]
+MODES = ("eager", "compiled")
+UNSERVED = ("macs", "params", "latency", "throughput", "peak_memory")  # the rows of a configuration that never ran
+LARGEST_BATCH, RISE = 4096, 1.03  # the search for the best batch ends there, or where twice the batch gains less
 
 
 def measure(
@@ -137,8 +52,13 @@ def measure(
     image_size: int | None = None,
     *,
     batch_sizes: Sequence[int] = (1,),
+    best_batch: bool = False,
+    train_batch: int = 0,
     dtype: str = "float32",
     device: str = "cpu",
+    mode: str = "eager",
+    sdpa: str | None = None,
+    complete: bool = True,
     runs: int = 50,
     warmup: int = 10,
     seconds: float = 10.0,
@@ -149,9 +69,12 @@ def measure(
 ) -> list[dict]:
     """Measure one configuration with random weights: its costs, then time and memory at each batch size.
 
+    best_batch: go on from the largest batch size, twice as large each time, while the throughput rises by 3 %.
+    train_batch: batch of a training step, 0 for none. mode: "eager" or "compiled". sdpa: the one attention kernel that
+    may run, of BACKENDS. complete: False leaves out what one visit is enough for (counts, memory, profile, training).
     A grid that is not served, and what this machine cannot do (see `refusal`), become rows without a value and with a
     note; larger batches are then skipped.
-    Raises ValueError for an unknown backbone, mixer or dtype.
+    Raises ValueError for an unknown backbone, mixer, dtype, mode or kernel.
     """
     attention.get(mixer)
     with torch.device("meta"):
@@ -159,68 +82,125 @@ def measure(
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
+    if mode not in MODES or sdpa not in (None, *BACKENDS):
+        raise ValueError(f"mode={mode!r}, sdpa={sdpa!r}: modes are {', '.join(MODES)}, kernels {', '.join(BACKENDS)}")
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    common = {
-        "backbone": name,
-        "mixer": mixer,
-        "image_size": image_size,
-        "dtype": dtype,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "seed": seed,
-        "note": None,
-    }
+    common = {"backbone": name, "mixer": mixer, "image_size": image_size, "dtype": dtype, "device": device}
+    common |= {"mode": mode, "sdpa_pinned": sdpa, "threads": torch.get_num_threads(), "seed": seed, "note": None}
     try:
         model = backbone.create(name, mixer, layers=layers, pretrained=False, img_size=image_size, **(options or {}))
     except ValueError as error:  # the names are right, so it is a grid that the patches or the mixer do not serve
-        return [common | row for row in missing(UNITS, str(error))]
+        return [common | gap for gap in missing(UNSERVED, str(error))]
     size = model.patch_embed.img_size
     common |= {"image_size": size[0], "tokens": model.patch_embed.num_patches + model.num_prefix_tokens}
-    cost, counted = model_cost(model), count_macs(model, torch.rand(1, 3, *size))
-    values = {"macs": cost.macs, "macs_counted": counted, "macs_activated": activated_macs(model)}
-    values |= {"elementwise": cost.elementwise, "params": cost.params}
-    rows = [{"metric": metric, "value": value, "unit": UNITS[metric], "n": 1} for metric, value in values.items()]
-    for batch in sorted(batch_sizes):
-        timed = {"batch": batch}
-        try:
-            model = model.to(device, kind)
-            x = torch.rand(batch, 3, *size).to(device, kind)
-            memory, timed["sdpa"] = peak_memory(model, x)
-            times = time_forward(model, x, runs=runs, warmup=warmup, seconds=seconds)
-        except Exception as error:
-            if not (note := refusal(error)):
-                raise
+    rows = exact_rows(model, dtype, fused=sdpa != "math") if complete else []
+    pending, best, timing = sorted(batch_sizes), 0.0, {"runs": runs, "warmup": warmup, "seconds": seconds}
+    with pinned(sdpa):
+        while pending:
+            batch = pending.pop(0)
             metrics = ("latency", "throughput", "peak_memory") if batch == 1 else ("throughput", "peak_memory")
-            rows += [timed | row for row in missing(metrics, note)]
-            break
-        found = [median_row("latency", 1e3 * times)] if batch == 1 else []
-        rows += [timed | row for row in (*found, median_row("throughput", batch / times), memory)]
-    return [common | row for row in rows]
+            found = _attempt(metrics, _at_batch, model, batch, kind, device, mode, complete, timing)
+            rows += found
+            rate = next((r["value"] for r in found if r["metric"] == "throughput"), None)
+            if rate is None:
+                break
+            if best_batch and not pending and rate > RISE * best and 2 * batch <= LARGEST_BATCH:
+                pending.append(2 * batch)
+            best = max(best, rate)
+        if train_batch and complete and mode == "eager":
+            metrics = ("training_step", "training_memory")
+            rows += _attempt(metrics, _train, model, train_batch, kind, device, timing)
+    return [common | found for found in rows]
 
 
-def measure_apart(name: str, mixer: str, image_size: int | None = None, **settings) -> list[dict]:
-    """Run `measure` in a process of its own, so that no configuration inherits another's caches, arenas or threads.
+def exact_rows(model: VisionTransformer, dtype: str = "float32", *, fused: bool = True) -> list[dict]:
+    """Return what one image costs on any machine: operations in closed form, counted and recorded, parameters.
+
+    `macs_cls` is what a metric executes that reads the class token alone (class_token.py), where that can be had.
+    """
+    cost, size = model_cost(model), model.patch_embed.img_size
+    recorded = cost_model.totals(cost_model.record(model, 1, size, dtype=dtype, fused=fused))
+    values = {"macs": cost.macs, "macs_counted": count_macs(model, torch.rand(1, 3, *size))}
+    values |= {"macs_activated": activated_macs(model), "elementwise": cost.elementwise, "params": cost.params}
+    values |= {"bytes": recorded["bytes"], "launches": recorded["launches"]}
+    if class_token.possible(model):
+        values["macs_cls"] = class_token.model_cost(model).macs
+    return [row(metric, value) for metric, value in values.items()]
+
+
+def _attempt(
+    metrics: Iterable[str], measuring: Callable[..., list[dict]], model: VisionTransformer, batch: int, *args: Any
+) -> list[dict]:
+    """Measure, or say in rows without values why that could not be."""
+    try:
+        return measuring(model, batch, *args)
+    except Exception as error:
+        if not (note := refusal(error)):
+            raise
+        return [{"batch": batch} | gap for gap in missing(metrics, note)]
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _at_batch(
+    model: VisionTransformer, batch: int, kind: torch.dtype, device: str, mode: str, complete: bool, timing: dict
+) -> list[dict]:
+    """Measure passes at one batch size."""
+    model = model.to(device, kind)
+    x = torch.rand(batch, 3, *model.patch_embed.img_size).to(device, kind)
+    function, rows, common = model, [], {"batch": batch}
+    if mode == "compiled":
+        function, first = compiled(model, x)
+        rows.append(first)
+    if complete:
+        memory, common["sdpa"] = peak_memory(function, x)
+        rows.append(memory)
+    times = time_forward(function, x, **timing)
+    rows.append(median_row("throughput", batch / times))
+    if batch == 1:
+        rows.append(median_row("latency", 1e3 * times))
+    if batch == 1 and mode == "eager" and class_token.applies(model):
+        cls = functools.partial(class_token.last_class_token, model)
+        rows.append(median_row("latency_cls", 1e3 * time_forward(cls, x, **timing)))
+    if complete:
+        rows += time_split(function, x) if mode == "eager" else []
+        rows += energy(function, x) if x.is_cuda else []
+    return [common | found for found in rows]
+
+
+def _train(model: VisionTransformer, batch: int, kind: torch.dtype, device: str, timing: dict) -> list[dict]:
+    x = torch.rand(batch, 3, *model.patch_embed.img_size).to(device, kind)
+    return [{"batch": batch} | found for found in training_rows(model.to(device, kind), x, **timing)]
+
+
+def apart(function: Callable, *args: Any, **settings: Any) -> Any:
+    """Call a function of a module in a process of its own, which inherits no caches, arenas or threads.
 
     The processes are forked from a server that has imported torch and done nothing else: a start costs milliseconds.
-    A process that dies (the kernel's out-of-memory killer, say) leaves rows with a note.
+    Raises BrokenProcessPool where the process dies.
     """
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args, **settings).result()
+
+
+def measure_apart(name: str, mixer: str, image_size: int | None = None, **settings) -> list[dict]:
+    """Run `measure` in a process of its own (see `apart`).
+
+    A process that dies (the kernel's out-of-memory killer, say) leaves rows with a note.
+    """
     try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(measure, name, mixer, image_size, **settings).result()
+        return apart(measure, name, mixer, image_size, **settings)
     except BrokenProcessPool:
-        common = {
-            "backbone": name,
-            "mixer": mixer,
-            "image_size": image_size,
-            **{key: settings[key] for key in ("dtype", "device") if key in settings},
-        }
-        return [common | row for row in missing(UNITS, "the process died: most likely out of memory")]
+        common = {"backbone": name, "mixer": mixer, "image_size": image_size, "mode": settings.get("mode", "eager")}
+        common |= {key: settings[key] for key in ("dtype", "device") if key in settings}
+        return [common | gap for gap in missing(UNSERVED, "the process died: most likely out of memory")]
 
 
 def rotated(items: Sequence, rounds: int) -> list[list]:
@@ -229,14 +209,18 @@ def rotated(items: Sequence, rounds: int) -> list[list]:
 
 
 def pool_rounds(rows: Iterable[dict]) -> pd.DataFrame:
-    """Merge the rounds of each configuration: samples are pooled and described anew, the rest is kept once."""
+    """Merge the rounds of each configuration: samples are pooled and described anew, the rest is kept once.
+
+    The samples stay in a column of lists.
+    """
     merged: dict[tuple, dict] = {}
-    for row in rows:
-        key = tuple(row.get(column) for column in KEYS)
-        kept = merged.setdefault(key, row)
-        if kept is not row and "samples" in row:
-            merged[key] = row | median_row(row["metric"], [*kept.get("samples", []), *row["samples"]])
-    return pd.DataFrame(merged.values()).drop(columns="samples", errors="ignore")
+    for found in rows:
+        key = tuple(found.get(column) for column in KEYS)
+        kept = merged.setdefault(key, found)
+        if kept is not found and "samples" in found:
+            pooled = median_row(found["metric"], [*kept.get("samples", []), *found["samples"]])
+            merged[key] = found | kept | pooled | {"note": found.get("note")}
+    return pd.DataFrame(merged.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -246,8 +230,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mixer", default="mha")
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes")
+    parser.add_argument("--best-batch", action="store_true", help="double the batch while the throughput rises")
+    parser.add_argument("--train-batch", type=int, default=0, help="batch of a training step (default: none)")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--mode", default="eager", choices=MODES)
+    parser.add_argument("--sdpa", choices=BACKENDS, help="the one attention kernel that may run (default: any)")
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=10.0, help="time limit of one series of runs")
@@ -259,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = vars(parser.parse_args(arguments))
     output = settings.pop("output")
     rows = measure(settings.pop("backbone"), batch_sizes=settings.pop("batch"), **settings)
-    text = json.dumps([{key: value for key, value in row.items() if key != "samples"} for row in rows], indent=1)
+    text = json.dumps([{key: value for key, value in found.items() if key != "samples"} for found in rows], indent=1)
     if output:
         with open(output, "w", encoding="utf-8") as file:
             file.write(text + "\n")

@@ -25,7 +25,8 @@ from thesis_lib.cost_model import predict, record, totals
 from thesis_lib.efficiency import measure_apart, pool_rounds, rotated
 
 PACKAGE = Path(__file__).parent
-MEASURED_BY = ("efficiency", "timing", "backbone", "class_token", "attention/*")  # a change there is another measurement
+# A change there is another measurement.
+MEASURED_BY = ("efficiency", "timing", "backbone", "class_token", "attention/*")
 
 
 def plan(
@@ -39,7 +40,7 @@ def plan(
 ) -> list[dict]:
     """Return the visits in order, each the arguments of `efficiency.measure` and its round.
 
-    sizes: image sizes by backbone. variants: settings that are told apart ({"dtype": "bfloat16"}, {"mode": "compiled"}).
+    sizes: image sizes by backbone. variants: settings told apart ({"dtype": "bfloat16"}).
     A round starts one mixer later than the one before; only the first measures what one visit is enough for.
     """
     options = mixer_options or {}
@@ -111,7 +112,8 @@ def predictions(
     Rows: metric predicted, ms, with its terms, ms, and multiply-adds. A grid that is not served has no row.
     """
     rows = []
-    for name, size, mixer in ((name, size, mixer) for name in sizes for size in sizes[name] for mixer in mixers):
+    wanted = [(name, size, mixer) for name in sizes for size in sizes[name] for mixer in mixers]
+    for name, size, mixer in wanted:
         try:
             options = (mixer_options or {}).get(mixer, {})
             model = backbone.create(name, mixer, pretrained=False, img_size=size, **options)

@@ -84,7 +84,7 @@ def accuracy_against_cost(
     """
     ax = ax or plt.subplots(figsize=(0.6 * TEXTWIDTH, 2.9))[1]
     main = scores(data, split=split)
-    price = costs(data, cost, **setting(main)).set_index("mixer")["value"]
+    price = costs(data, cost, **setting(main), embedding=True).set_index("mixer")["value"]
     scale, unit = _unit(cost, price.max())
     x = apart((price / scale)[[name for name in price.index if name in set(main["mixer"])]])
     for mixer, rows in main[main["mixer"].isin(x.index)].groupby("mixer", sort=False):

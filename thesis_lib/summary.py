@@ -79,12 +79,18 @@ def scores(rows: pd.DataFrame, *, split: str = "test", metric: str = "2afc") -> 
     return rows.iloc[[position for *_, position in sorted(keys)]].reset_index(drop=True)
 
 
-def costs(rows: pd.DataFrame, metric: str, *, backbone: str, image_size: int) -> pd.DataFrame:
+def costs(rows: pd.DataFrame, metric: str, *, backbone: str, image_size: int, embedding: bool = False) -> pd.DataFrame:
     """Return one row a mixer of an efficiency metric, in display order; latency at batch 1, others at the largest.
 
     The largest batch is the largest that every mixer was measured at; see `one_protocol` for device and dtype.
+    embedding: of a perceptual metric, whose last block computes the class token alone, where that was measured.
     Raises ValueError if that backbone was not measured at that image size.
     """
+    if embedding:  # a mixer whose last block cannot be shortened costs what the whole ViT costs
+        shorter = rows[rows["metric"] == f"{metric}_cls"].assign(metric=metric)
+        keys = ["mixer", "backbone", "image_size"]
+        done = pd.MultiIndex.from_frame(rows[keys]).isin(pd.MultiIndex.from_frame(shorter[keys]))
+        rows = pd.concat([shorter, rows[~done]])
     rows = rows[(rows["metric"] == metric) & rows["value"].notna()]
     known = sorted({(name, int(size)) for name, size in zip(rows["backbone"], rows["image_size"], strict=True)})
     rows = rows[(rows["backbone"] == backbone) & (rows["image_size"] == image_size)]

@@ -111,11 +111,12 @@ def mixer_comparison(rows: pd.DataFrame, efficiency_rows: pd.DataFrame | None = 
     parts = [_accuracy(part, STAGES.get(stage, stage)) for stage, part in main.groupby("stage", sort=False)]
     if efficiency_rows is not None:
         for metric, name in (("macs", "MAC"), ("params", "Params")):
-            cost = costs(efficiency_rows, metric, **setting(main))
+            cost = costs(efficiency_rows, metric, **setting(main), embedding=True)
             parts.append(_scaled(cost[cost["mixer"].isin(main["mixer"])], name))
     frame = _by_mixer(parts)
     digits = {column: None for column in frame if column[0] == "Cost"}
-    return _accuracy_table(frame, _accuracy_note(main) + _kinds_note(frame), digits, parts=_kinds(frame))
+    note = _accuracy_note(main) + (" MAC: the last block for the class token alone." if digits else "")
+    return _accuracy_table(frame, note + _kinds_note(frame), digits, parts=_kinds(frame))
 
 
 def lora_tuning(rows: pd.DataFrame, triplets: pd.DataFrame) -> Table:
@@ -282,6 +283,6 @@ def numbers(rows: pd.DataFrame, triplets: pd.DataFrame, efficiency_rows: pd.Data
             }
     for metric, scale in (("macs", 1e6), ("params", 1e6), ("latency", 1), ("throughput", 1)):
         if efficiency_rows is not None and metric in set(efficiency_rows["metric"]):
-            cost = costs(efficiency_rows, metric, **setting(main))
+            cost = costs(efficiency_rows, metric, **setting(main), embedding=True)
             found |= {macro(r.mixer, metric): significant(r.value / scale) for r in cost.itertuples()}
     return found

@@ -1,11 +1,12 @@
-"""Tables, figures and numbers of the sister studies, one module a study: made from result rows alone, without torch."""
+"""Tables, figures and numbers of the studies beside the main one, from result rows alone, without torch."""
 
 import importlib
 from types import ModuleType
 
 from thesis_lib import paths
 
-STUDIES = {
+STUDIES = {  # by the result that shows that the study has run
+    "03_efficiency_analysis.predictions": "efficiency",
     "05_attention_transfer": "attention_transfer",
     "06_adaptive_tokens": "adaptive_tokens",
     "07_image_classification": "classification",
@@ -19,5 +20,5 @@ def studies(profile: str) -> list[ModuleType]:
     Each has CAPTIONS (by file stem) and make(profile), which returns tables and figures by file stem, and numbers by
     LaTeX macro.
     """
-    ran = [name for notebook, name in STUDIES.items() if (paths.RESULTS / profile / f"{notebook}.parquet").is_file()]
+    ran = [name for result, name in STUDIES.items() if (paths.RESULTS / profile / f"{result}.parquet").is_file()]
     return [importlib.import_module(f"{__name__}.{name}") for name in ran]
