@@ -32,7 +32,7 @@ READS = {
     "10_proposed_model": ["01_data_preparation", "02_attention_evaluation", "04_distillation"],
     "09_thesis_figures": [name for name in NOTEBOOKS if name != "09_thesis_figures"],
 }
-TRIPLETS = ("02_attention_evaluation", "04_distillation")  # these write a table of single triplets beside their rows
+TRIPLETS = ("02_attention_evaluation", "04_distillation", "10_proposed_model")  # these write a table of single triplets beside their rows
 NO_MODEL = ("01_data_preparation", "09_thesis_figures")
 ALONE = ("03_efficiency_analysis", "10_proposed_model")  # these time things
 

@@ -68,7 +68,14 @@ def write_weights(folder, name: str, *, adapted: bool = True) -> None:
     if adapted:
         (folder / adapter).mkdir()
         save_file(tensors, folder / adapter / "adapter_model.safetensors")
-        config = {"r": 4, "lora_alpha": 2, "lora_dropout": 0.0, "bias": "none", "target_modules": ["qkv"]}
+        config = {
+            "peft_type": "LORA",
+            "r": 4,
+            "lora_alpha": 2,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": ["qkv"],
+        }
         (folder / adapter / "adapter_config.json").write_text(json.dumps(config))
 
 

@@ -13,7 +13,7 @@ from thesis_lib.closed_form import count_macs
 from thesis_lib.layer_plan import DROP, KEEP, Plan, apply_plan
 from thesis_lib.perceptual import Metric
 
-DEPTH = len(backbone.create("demo", pretrained=False).blocks)
+DEPTH, TINY = 6, dict(img_size=32, patch_size=8, embed_dim=32, depth=6, num_heads=2, num_classes=0)
 
 
 def images(count: int = 2, size: int = 64) -> torch.Tensor:
@@ -24,6 +24,12 @@ def images(count: int = 2, size: int = 64) -> torch.Tensor:
 def teacher() -> Metric:
     torch.manual_seed(0)
     return Metric(backbone.create("demo", "mha", pretrained=False)).requires_grad_(False)
+
+
+@pytest.fixture
+def tiny() -> Metric:
+    torch.manual_seed(0)
+    return Metric(VisionTransformer(**TINY).eval()).requires_grad_(False)
 
 
 # The plan ---------------------------------------------------------------------------------------------------------
@@ -113,7 +119,7 @@ def test_a_plan_that_does_not_fit_leaves_the_model_alone(teacher):
         apply_plan(odd, ("mha",) * 3, merge=1)
     assert all(type(block) is Block for block in odd.blocks)
     swapped = apply_plan(teacher.backbone, ("pool", *("mha",) * 5))
-    with pytest.raises(ValueError, match="pool"):
+    with pytest.raises(ValueError, match="not from Pool"):
         apply_plan(swapped, ("mha",) * 6)
 
 
@@ -210,8 +216,8 @@ class Triplets:
 class Bytes:
     usable = np.ones(12, bool)
 
-    def __init__(self):
-        self.values = (images(12) * 255).byte()
+    def __init__(self, size: int = 32):
+        self.values = (images(12, size) * 255).byte()
 
     def __len__(self):
         return 12
@@ -220,26 +226,26 @@ class Bytes:
         return self.values[torch.as_tensor(rows)]
 
 
-def test_sensitivity_has_a_row_for_every_change_and_sees_it(teacher):
-    rows = pd.DataFrame(proposed.sensitivity(teacher, Triplets(), Bytes(), ["identity"], progress=False))
+def test_sensitivity_has_a_row_for_every_change_and_sees_it(tiny):
+    rows = pd.DataFrame(proposed.sensitivity(tiny, Triplets(), Bytes(), ["identity"], progress=False))
     distance = rows[rows["metric"] == "embedding_distance"].set_index(["layer", "action"])["value"]
     assert len(distance) == 2 * DEPTH + DEPTH - 2 and (distance > 0).all()
-    changed = proposed.planned(teacher, Plan((KEEP, KEEP, DROP, KEEP, KEEP, KEEP)))
+    changed = proposed.planned(tiny, Plan((KEEP, KEEP, DROP, KEEP, KEEP, KEEP)))
     pixels = Bytes().values.float() / 255
-    expected = perceptual.distance(teacher.embed(pixels), changed.embed(pixels)).mean()
+    expected = perceptual.distance(tiny.embed(pixels), changed.embed(pixels)).mean()
     assert distance[2, DROP] == pytest.approx(expected.item(), abs=1e-5)
     loss = rows[rows["metric"] == "2afc_loss"]
     assert (loss["n"] == 4).all() and (loss["low"] <= loss["value"]).all()
 
 
-def test_blocks_are_timed_by_mixer_grid_and_place(teacher):
-    found = proposed.block_seconds(teacher, {False: ["sra", "pool"], True: ["pool"]}, images(), rounds=1)
+def test_blocks_are_timed_by_mixer_grid_and_place(tiny):
+    found = proposed.block_seconds(tiny, {False: ["sra", "pool"], True: ["pool"]}, images(2, 32), rounds=1)
     wanted = {
         (n, small, last)
         for n, small in (("mha", False), ("sra", False), ("pool", False), ("mha", True), ("pool", True))
         for last in (False, True)
     }
-    assert set(found) == wanted and all(found[key] > 0 for key in wanted if not key[2])
+    assert set(found) == wanted and min(found.values()) > 0
 
 
 def test_other_number_formats_keep_the_interface(teacher):
@@ -247,8 +253,8 @@ def test_other_number_formats_keep_the_interface(teacher):
     assert proposed.in_format(teacher, "float32") is teacher and not half.training
     assert half.embed(images()).dtype == torch.float32 and next(teacher.parameters()).dtype == torch.float32
     assert (half.embed(images()) - teacher.embed(images())).abs().max() < 0.05
-    found = perceptual.embed_pixels(half, Bytes(), indices=[3, 1], progress=False)
-    assert_close(found, half.embed(Bytes()[[3, 1]].float() / 255))
+    found = perceptual.embed_pixels(half, Bytes(64), indices=[3, 1], progress=False)
+    assert_close(found, half.embed(Bytes(64)[[3, 1]].float() / 255))
     with pytest.raises(ValueError, match="shape"):
         half.embed(images(1, 32))
 
@@ -273,7 +279,7 @@ def test_speed_rows_compare_each_model_with_the_reference(teacher):
         for dtype in ("float32", "bfloat16")
     }
     rows = proposed.speed_rows(models, pictures, "teacher", rounds=3, device="cpu")
-    frame = pd.DataFrame(rows).set_index(["metric", "model", "dtype"])
+    frame = pd.DataFrame(rows).set_index(["metric", "model", "dtype"]).sort_index()
     assert len(frame) == 8 and (frame.loc[("speedup", "teacher"), "value"] == 1).all()
     assert (frame["batch"] == 4).all() and (frame["device"] == "cpu").all()
     assert (frame["low"] <= frame["value"]).all() and set(frame.loc["batch_time", "unit"]) == {"ms"}

@@ -89,6 +89,18 @@ SMALL = {  # what a few samples on a CPU need to differ; all else is the thesis'
         "window": 31,
         "shown": 2,
     },
+    "10_proposed_model": {
+        "device": "cpu",
+        "dtypes": ["float32"],
+        "students": ["pool"],
+        "mixers": ["pool"],
+        "halved_mixers": [],
+        "budgets": [0.5],
+        "batch_size": 2,
+        "rounds": 1,
+        "field": {"backbones": ["vit_small_patch16_224.dino"], "images": 1, "rounds": 1},
+        "max_samples": 2,
+    },
 }
 VARIANTS = {
     "02_attention_evaluation": {"attention_module": ["mha", "pool"]},
@@ -134,6 +146,7 @@ def shrink(profile):
     for given in classification["datasets"].values():
         given |= {"runs": 1, "mixers": ["standard", "hybrid"]}
         given["training"] = {"epochs": 1, "max_batches": 1, "batch_size": 4}
+    profile["10_proposed_model"]["train"] |= few | {"max_batches": 1}
     supervised, sampling, _ = correspondence["runs"]
     correspondence["runs"] = [
         supervised | few | {"model": DINOV2, "tune": "lora", "loss": "mse", "max_batches": 1},

@@ -185,14 +185,13 @@ def _merge_adapter(vit: nn.Module, folder: Path, number: int) -> None:
 
 
 def lpips_distance(device: str = "cpu", *, random: bool = False) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Return LPIPS 0.1 on AlexNet (Zhang et al. 2018), (B, 3, H, W) in [0, 1] twice -> (B,); None without its weights.
+    """Return LPIPS 0.1 on AlexNet (Zhang et al. 2018), (B, 3, H, W) in [0, 1] twice -> (B,); None where it is absent.
 
-    The `lpips` package brings the linear layers; AlexNet's file must be in torch.hub's checkpoints, nothing is fetched.
-    random: an AlexNet without trained weights instead. ModuleNotFoundError: the package (extra `peers`) is missing.
+    The `lpips` package (extra `peers`) brings the linear layers; AlexNet's file must be in torch.hub's checkpoints, for
+    nothing is fetched. random: an AlexNet without trained weights instead, to be timed.
     """
-    if find_spec("lpips") is None:
-        raise ModuleNotFoundError("LPIPS needs the package lpips: pip install lpips")
-    if not random and not (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET).is_file():
+    present = random or (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET).is_file()
+    if find_spec("lpips") is None or not present:
         return None
     import lpips
 

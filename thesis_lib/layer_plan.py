@@ -65,23 +65,32 @@ class Plan:
         return asdict(self) | {"actions": list(self.actions)}
 
 
+class Halving(nn.Module):
+    """Average each 2 x 2 patches of a row-major grid behind prefix tokens: (B, p + P, D) -> (B, p + P / 4, D)."""
+
+    def __init__(self, grid: tuple[int, int], prefix: int) -> None:
+        super().__init__()
+        self.grid, self.prefix = grid, prefix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, : self.prefix], pool_cells(x[:, self.prefix :], self.grid, 2)], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, prefix={self.prefix}"
+
+
 class CoarserBlock(Block):
-    """timm's `Block`, sharing its parts, behind a 2 x 2 average of the patches. Made by `apply_plan`."""
+    """timm's `Block`, sharing its parts, behind a `Halving`. Made by `apply_plan`."""
 
     def __init__(self, block: Block, grid: tuple[int, int], prefix: int) -> None:
         nn.Module.__init__(self)
         for name, part in block.named_children():
             self.add_module(name, part)
-        self.grid, self.prefix = grid, prefix
+        self.halving = Halving(grid, prefix)
         self.train(block.training)
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
-        return super().forward(halved(x, self.grid, self.prefix), **options)
-
-
-def halved(x: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
-    """Average each 2 x 2 patches of a row-major grid behind prefix tokens: (B, p + P, D) -> (B, p + P / 4, D)."""
-    return torch.cat([x[:, :prefix], pool_cells(x[:, prefix:], grid, 2)], dim=1)
+        return super().forward(self.halving(x), **options)
 
 
 def apply_plan(model: VisionTransformer, actions: Sequence[str], merge: int | None = None) -> VisionTransformer:

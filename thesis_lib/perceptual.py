@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from thesis_lib import attention, backbone, class_token
+from thesis_lib.layer_plan import apply_plan
 from thesis_lib.statistics import Interval, bootstrap_mean
 from thesis_lib.token_merging import merge_tokens
 
@@ -220,6 +221,8 @@ def _load_folder(folder: Path) -> Metric:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'metric.json'} is corrupt: {error!r}.") from error
     model = backbone.create(**arguments, pretrained=False)
+    if "plan" in recipe:
+        apply_plan(model, **recipe["plan"])
     if "token_merging" in recipe:
         merge_tokens(model, **recipe["token_merging"])
     return Metric(backbone.load_weights(model, folder / "model.safetensors"), **options)

@@ -5,7 +5,8 @@ Under that model `pareto_plans` is exact; how far the model itself holds is for 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,24 +109,18 @@ def block_seconds(
     What the last block takes includes all around the blocks (patch embedding, halving, normalisation), and it is cut to
     the class token where `class_token` can: a plan takes the sum over its blocks.
     """
-    depth, vit, tasks = len(teacher.backbone.blocks), teacher.backbone, {}
+    between, vit, tasks = (DROP,) * (len(teacher.backbone.blocks) - 2), teacher.backbone, {}
     for small, names in mixers.items():
-        cells = vit.patch_embed.num_patches // (4 if small else 1)
+        cells, merge = vit.patch_embed.num_patches // (4 if small else 1), 0 if small else None
         tokens = torch.randn(len(images), vit.num_prefix_tokens + cells, vit.embed_dim, device=images.device)
         for name in (KEEP, *names):
-            between, merge = (DROP,) * (depth - 2), 0 if small else None
             block = planned(teacher, Plan((name, *between, KEEP), merge)).backbone.blocks[0]
-            tasks |= passes({(name, small, False): _whole(block)}, tokens)
-            tasks |= passes({(name, small, True): planned(teacher, Plan((KEEP, *between, name), merge))._embed}, images)
-    times = {key: float(np.median(t)) for key, t in interleaved(tasks, rounds=rounds, seconds=seconds).items()}
-    return {
-        (name, small, last): times[name, small, last] - (times[KEEP, small, False] if last else 0.0)
-        for name, small, last in times
-    }
-
-
-def _whole(block: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda tokens: Block.forward(block, tokens)  # without the halving that a coarser block starts with
+            ending = planned(teacher, Plan((KEEP, *between, name), merge))
+            ending.backbone.blocks[0] = ending.backbone.blocks[0].halving if small else nn.Identity()
+            tasks |= passes({(name, small, False): partial(Block.forward, block)}, tokens)  # without its halving
+            tasks |= passes({(name, small, True): ending._embed}, images)
+    times = interleaved(tasks, rounds=rounds, seconds=seconds)
+    return {key: float(np.median(spent)) for key, spent in times.items()}
 
 
 def pareto_plans(

@@ -11,6 +11,7 @@ STUDIES = {  # by the result that shows that the study has run
     "06_adaptive_tokens": "adaptive_tokens",
     "07_image_classification": "classification",
     "08_semantic_correspondence": "correspondence",
+    "10_proposed_model": "proposed",
 }
 
 

@@ -1,7 +1,5 @@
 """Tables, figures and numbers of the search for the proposed model, from the rows of notebook 10 alone."""
 
-import json
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -126,8 +124,8 @@ def field(rows: pd.DataFrame, pixels: pd.DataFrame) -> Table:
     absent = rows[(rows["stage"] == "field") & rows["value"].isna()]["model"].tolist()
     note = (
         f"2AFC of n = {int(judged['proposed'].n)} test triplets, 95 % bootstrap CI. × ensemble: time of DreamSim's "
-        f"three ViT-B/16 at 224 px over the model's own in the same number format, medians of {int(first['n'])} rounds in "
-        f"turn at batch {int(first['batch'])} on {first['device']}, {int(first['threads'])} threads."
+        f"three ViT-B/16 at 224 px over the model's own in the same number format, medians of {int(first['n'])} rounds "
+        f"in turn at batch {int(first['batch'])} on {first['device']}, {int(first['threads'])} threads."
     )
     note += f" Weights not present, so no accuracy: {', '.join(name_of(name) for name in absent)}." if absent else ""
     digits = {("2AFC on test", "%"): 1} | {column: None for column in frame if column[0] in ("Cost", "× ensemble")}
@@ -154,18 +152,19 @@ def numbers(rows: pd.DataFrame) -> dict[str, str]:
     }
     found[macro("proposed", "triplets")] = str(int(share["n"]))
     found[macro("proposed", "p value")] = p_text(p["value"])
-    found[macro("proposed", "plan")] = str(share["chosen_model"])
+    plan = share["plan"].replace("/", "")
+    found[macro("proposed", "plan")] = share["plan"]
+    found[macro("proposed", "blocks")] = f"{len(plan) - plan.count('-')} of {len(plan)}"
     found[macro("proposed", "format")] = FORMATS[share["dtype"]]
     for dtype in [d for d in FORMATS if d in set(rows["dtype"].dropna())]:
         own = one(rows, stage="own scale", metric="speedup", model="proposed", dtype=dtype)
-        found[macro("proposed", "speedup", FORMATS[dtype])] = significant(own["value"])
+        found[macro("proposed", "own speedup", FORMATS[dtype])] = significant(own["value"])
         ratios = of(rows, stage="steps", metric="speedup", dtype=dtype)
         for vit in dict.fromkeys(m.split(": ")[0] for m in ratios["model"] if ": " in m):
             last = ratios[ratios["model"].str.startswith(f"{vit}: ")].iloc[-1]
             found[macro("proposed", "field speedup", SHORT.get(vit, vit), FORMATS[dtype])] = significant(last["value"])
+            found.setdefault(macro("proposed", "speedup"), significant(last["value"]))  # of the first backbone, fp32
     for metric in ("macs", "params"):
         cost = one(rows, stage="own scale", metric=metric, model="proposed")["value"]
         found[macro("proposed", metric)] = significant(cost / 1e6)
-    plan = json.loads(share["plan"])["actions"]
-    found[macro("proposed", "blocks")] = f"{sum(action != 'drop' for action in plan)} of {len(plan)}"
     return found

@@ -15,13 +15,7 @@ from thesis_lib.summary import label, ordered
 NOTEBOOK = "10_proposed_model"
 NAMES = {"teacher": "Teacher (MHA, tuned)", "ToMe": "Teacher, tokens merged", "ensemble": "DreamSim, ensemble"}
 ACTIONS = {"drop": "Dropped", "halve": "Grid halved"}
-STEPS = {
-    "whole": "{}",
-    "mixers": "mixers",
-    "depth": "fewer blocks",
-    "halved grid": "halved grid",
-    "class token only": "class token only",
-}
+STEPS = {"depth": "fewer blocks", "class token only": "last block for the class token alone"}
 SHORT = {"vit_small_patch16_224.dino": "ViT-S/16", "vit_base_patch16_224.dino": "ViT-B/16", "demo": "demo backbone"}
 FORMATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -80,13 +74,13 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
 
 def front(rows: pd.DataFrame) -> Figure:
     """Draw the predicted front with the plans taken from it, and the candidates as measured with the rule's line."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(TEXTWIDTH, 2.9), width_ratios=(0.42, 0.58))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(TEXTWIDTH, 3.4), width_ratios=(0.34, 0.66))
     for stage, style in (("front", {"color": QUIET, "marker": ".", "markersize": 3, "linewidth": 0.8}),
                          ("budget", {"color": CHOSEN, "marker": "o", "linestyle": "none"})):  # fmt: skip
         part = of(rows, stage=stage).pivot_table(index="model", columns="metric", values="value")
         part = part.sort_values("predicted_time")
         left.plot(part["predicted_time"], part["predicted_loss"], **style)
-    left.set(xlabel="predicted time of one image (ms)", ylabel="predicted harm, sum of 1 − cosine")
+    left.set(xlabel="predicted time (ms)", ylabel="predicted harm, sum of 1 − cosine")
     own = of(rows, stage="candidates")
     scores = of(own, metric="2afc").set_index(["model", "dtype"])
     times = of(own, metric="batch_time").set_index(["model", "dtype"])
@@ -108,8 +102,8 @@ def front(rows: pd.DataFrame) -> Figure:
     least = 100 * (scores.loc[("teacher", "float32"), "value"] - float(one(rows, stage="rule")["value"]))
     right.axhline(least, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     right.set_xscale("log")
-    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if right.get_xlim()[0] <= t <= right.get_xlim()[1]]
-    right.set_xticks(ticks)
+    low, high = right.get_xlim()
+    right.set_xticks([t * 10.0**e for e in range(-3, 3) for t in (1, 1.5, 2, 3, 5, 7) if low <= t * 10.0**e <= high])
     right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     right.minorticks_off()
     right.margins(x=0.15)
@@ -138,7 +132,7 @@ def steps(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("times faster than DreamSim's ensemble in the same number format")
+    ax.set_xlabel("times faster than the ensemble in the same number format", loc="right")
     if len(formats) > 1:
         ax.legend(loc="upper right")
     return ax
@@ -149,4 +143,6 @@ def _step(model: str) -> str:
         return {"ensemble": "ensemble: 3 × ViT-B/16", "one branch": "one ViT-B/16"}.get(model, model)
     vit, step = model.split(": ")
     shown = SHORT.get(vit, vit)
-    return shown if step == "whole" else f"+ {step}" if shown == "ViT-S/16" else f"{shown}, whole recipe"
+    return (
+        shown if step == "whole" else f"+ {STEPS.get(step, step)}" if shown == "ViT-S/16" else f"{shown}, whole recipe"
+    )
