@@ -20,11 +20,15 @@ NOTEBOOKS = {path.stem: path for path in sorted(paths.NOTEBOOKS.glob("[0-9][0-9]
 RESULTS = paths.RESULTS / Path(PROFILE).stem
 RESULTS = RESULTS.relative_to(paths.ROOT) if RESULTS.is_relative_to(paths.ROOT) else RESULTS
 
-# What a notebook reads of other notebooks' results (a name may end in one variant); the figures read all of them.
+# What a notebook reads of other notebooks' results; a name may end in one variant. The figures read all of them.
 READS = {
     "02_attention_evaluation": ["01_data_preparation"],
     "03_efficiency_analysis": [],
-    "04_distillation": ["01_data_preparation", "02_attention_evaluation"],
+    "04_distillation": [
+        "01_data_preparation",
+        "02_attention_evaluation-mha",  # the teacher
+        "02_attention_evaluation{variant}",  # the same mixer before
+    ],
     "05_attention_transfer": ["01_data_preparation"],
     "06_adaptive_tokens": ["01_data_preparation", "02_attention_evaluation-mha"],  # the teacher
     "07_image_classification": ["01_data_preparation"],
@@ -32,8 +36,10 @@ READS = {
     "10_proposed_model": ["01_data_preparation", "02_attention_evaluation", "04_distillation"],
     "09_thesis_figures": [name for name in NOTEBOOKS if name != "09_thesis_figures"],
 }
-TRIPLETS = ("02_attention_evaluation", "04_distillation", "10_proposed_model")  # these write a table of single triplets beside their rows
+# These write a table of single triplets beside their rows.
+TRIPLETS = ("02_attention_evaluation", "04_distillation", "10_proposed_model")
 NO_MODEL = ("01_data_preparation", "09_thesis_figures")
+PRIORITY = {"04_distillation": 2, "02_attention_evaluation": 1}  # others wait for these
 ALONE = ("03_efficiency_analysis", "10_proposed_model")  # these time things
 
 
@@ -53,7 +59,7 @@ def results(notebook):
 
 
 def reads(notebook, wildcards):
-    names = list(READS.get(notebook, []))
+    names = [name.format(variant=wildcards.variant) for name in READS.get(notebook, [])]
     if notebook == "02_attention_evaluation" and wildcards.variant != "-mha":
         names.append("02_attention_evaluation-mha")  # MHA, tuned, is the teacher: other mixers are tried with its adapter
     whole = {name: results(name.partition("-")[0]) for name in names}
@@ -91,6 +97,7 @@ for notebook, path in NOTEBOOKS.items():
             section=repr(CONTENT.get(notebook)),
             results=" ".join(f"--results {name}" for name in names),
             gpu="" if notebook in NO_MODEL else "--gpu",
+        priority: PRIORITY.get(notebook, 0)
         threads: workflow.cores or JOBS["threads"] if notebook in ALONE else JOBS["threads"]
         resources:
             mem_mb=JOBS["mem_mb"],
