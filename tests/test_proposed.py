@@ -142,20 +142,21 @@ def every_plan(loss, halving, seconds):
             yield sum(seconds[key] for key in keys), lost, Plan(actions, merge)
 
 
+@pytest.mark.parametrize("whole_grid", [True, False])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_search_equals_brute_force(seed):
+def test_the_search_equals_brute_force(seed, whole_grid):
     draw, depth = random.Random(seed), 4
     loss = {(i, name): draw.randint(0, 9) / 10 for i in range(depth) for name in ("pool", "identity", DROP)}
     halving = {i: draw.randint(0, 9) / 10 for i in range(1, depth - 1)}
     keys = [(n, small, last) for n in (KEEP, "pool", "identity") for small in (False, True) for last in (False, True)]
     seconds = {key: draw.randint(1, 20) / 4 for key in keys if key[:2] != ("identity", True)}
-    plans = list(every_plan(loss, halving, seconds))
+    plans = [item for item in every_plan(loss, halving, seconds) if whole_grid or item[2].merge is not None]
     best = {
         (t, round(a, 9))
         for t, a, _ in plans
         if not any(s <= t and b < a - 1e-9 or s < t and b <= a + 1e-9 for s, b, _ in plans)
     }
-    front = proposed.pareto_plans(loss, halving, seconds)
+    front = proposed.pareto_plans(loss, halving, seconds, whole_grid=whole_grid)
     assert {(t, round(a, 9)) for t, a, _ in front} == best and len(front) == len(best)
     found = {plan: (t, round(a, 9)) for t, a, plan in plans}
     assert all(found[plan] == (t, round(a, 9)) for t, a, plan in front)

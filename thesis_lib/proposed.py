@@ -127,11 +127,14 @@ def pareto_plans(
     loss: Mapping[tuple[int, str], float],
     halving: Mapping[int, float],
     seconds: Mapping[tuple[str, bool, bool], float],
+    *,
+    whole_grid: bool = True,
 ) -> list[Predicted]:
     """Find all plans that no other beats in predicted time and loss, fastest first, exactly.
 
     loss: by (layer, action), 0 where attention stays; "drop" for every layer. halving: the loss by the block before
     which the grid is halved. seconds: as `block_seconds` gives them; a mixer that is not in it is not used there.
+    whole_grid: whether plans that never halve it are among them.
     Dynamic programming over the layers: both sums are additive, so a beginning that another beats in both can be
     dropped. It is done once for each last block and each halving, because these change what the other blocks take.
     """
@@ -141,7 +144,7 @@ def pareto_plans(
     def choices(layer: int, small: bool, last: bool) -> list[tuple[float, float, str]]:
         return [(seconds[name, small, last], loss.get((layer, name), 0.0), name) for name in actions[small]]
 
-    for merge in (None, *halving):
+    for merge in (*[None] * whole_grid, *halving):
         for last in range(1 if merge is None else merge + 1, depth):
             front, empty = [], [(0.0, halving.get(merge, 0.0), ())]  # beginnings with and without a block that stays
             for layer in range(last):
