@@ -46,8 +46,10 @@ def _formatter(digits: int | None, missing: str) -> Callable[[float], str]:
 
 def _typeset(text: str) -> str:
     """Spell what pandas' escaping leaves alone and LaTeX's default fonts lack."""
-    for sign, spelt in (("\N{MINUS SIGN}", "$-$"), ("–", "--"), ("<", "$<$")):
-        text = text.replace(sign, spelt)
+    signs = {"\N{MINUS SIGN}": "-", "<": "<", ">": ">", "≤": r"\le", "≥": r"\ge", "×": r"\times", "÷": r"\div"}
+    for sign, spelt in signs.items():
+        text = text.replace(sign, f"${spelt}$")
+    text = text.replace("–", "--")
     return text
 
 

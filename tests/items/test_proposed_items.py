@@ -104,9 +104,9 @@ def test_the_field_has_measured_scores_where_there_are_any_and_says_what_is_abse
     assert frame.loc["PSNR", ("2AFC on test", "%")] == pytest.approx(59)
     assert pd.isna(frame.loc["DreamSim, ensemble", ("2AFC on test", "%")])
     assert frame.loc["Proposed", ("× ensemble", "fp32")] == pytest.approx(500)
-    assert frame.loc["ViT-S/16, random weights", ("× ensemble", "fp32")] == pytest.approx(36.6)
-    assert pd.isna(frame.loc["ViT-S/16, random weights", ("2AFC on test", "%")])
-    assert frame.loc["ViT-B/16, random weights", ("× ensemble", "bf16")] == pytest.approx(12)
+    assert frame.loc["Recipe, ViT-S/16", ("× ensemble", "fp32")] == pytest.approx(36.6)
+    assert pd.isna(frame.loc["Recipe, ViT-S/16", ("2AFC on test", "%")])
+    assert frame.loc["Recipe, ViT-B/16", ("× ensemble", "bf16")] == pytest.approx(12)
     assert pd.isna(frame.loc["PSNR", ("× ensemble", "bf16")])
     assert "Weights not present, so no accuracy: DreamSim, ensemble." in table.note and "n = 200" in table.note
     table.latex("a test")

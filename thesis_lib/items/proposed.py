@@ -79,9 +79,13 @@ def candidates(rows: pd.DataFrame) -> Table:
     first = one(own, metric="batch_time")
     frame = pd.DataFrame(records)
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    formats = frame["", "Format"].unique()
+    if len(formats) == 1:
+        frame = frame.drop(columns=[("", "Format")])
     note = (
         f"{SHORT.get(first['backbone'], first['backbone'])} at {int(first['image_size'])} px on {first['device']}, "
-        f"{int(first['threads'])} threads; n = {int(one(own, metric='2afc')['n'])} val triplets, 95 % bootstrap CI. "
+        f"{int(first['threads'])} threads, {', '.join(formats)}; "
+        f"n = {int(one(own, metric='2afc')['n'])} val triplets, 95 % bootstrap CI. "
         f"ms an image at batch {int(first['batch'])}, timed in turn. Plans name the blocks: M MHA, S SRA, P Pool, "
         "I Identity, - dropped, / grid halved."
     )
@@ -98,12 +102,9 @@ def field(rows: pd.DataFrame, pixels: pd.DataFrame) -> Table:
     pixels = pixels[(pixels["metric"] == "2afc") & (pixels["split"] == "test")]
     judged |= {row.backbone: row for row in pixels.itertuples()}
     last = {vit: step for vit, step in (model.split(": ") for model in scale["model"].unique() if ": " in model)}
-    places = [("This profile's backbone", own, model, name_of(model)) for model in own["model"].unique()]
-    places[[place[2] for place in places].index("proposed")] = ("This profile's backbone", own, "proposed", "Proposed")
-    places += [
-        ("The recipe at 224 px", scale, f"{vit}: {step}", f"{SHORT.get(vit, vit)}, random weights")
-        for vit, step in last.items()
-    ]
+    places = [("Own scale", own, model, name_of(model)) for model in own["model"].unique()]
+    places[[place[2] for place in places].index("proposed")] = ("Own scale", own, "proposed", "Proposed")
+    places += [("At 224 px", scale, f"{vit}: {step}", f"Recipe, {SHORT.get(vit, vit)}") for vit, step in last.items()]
     records = []
     for group, part, model, shown in places:
         record = {("", "Scale"): group, ("", "Model"): shown}
@@ -125,7 +126,8 @@ def field(rows: pd.DataFrame, pixels: pd.DataFrame) -> Table:
     note = (
         f"2AFC of n = {int(judged['proposed'].n)} test triplets, 95 % bootstrap CI. × ensemble: time of DreamSim's "
         f"three ViT-B/16 at 224 px over the model's own in the same number format, medians of {int(first['n'])} rounds "
-        f"in turn at batch {int(first['batch'])} on {first['device']}, {int(first['threads'])} threads."
+        f"in turn at batch {int(first['batch'])} on {first['device']}, {int(first['threads'])} threads. At 224 px: the "
+        "proposed recipe in a ViT of that size with random weights."
     )
     note += f" Weights not present, so no accuracy: {', '.join(name_of(name) for name in absent)}." if absent else ""
     digits = {("2AFC on test", "%"): 1} | {column: None for column in frame if column[0] in ("Cost", "× ensemble")}
