@@ -82,7 +82,7 @@ def close():
 def test_the_models_table(rows):
     table = items.models(rows)
     frame = table.frame
-    assert frame["", "Model"].tolist() == ["ViT", "A-ViT", "Tuned A-ViT"]
+    assert frame["", "Model"].tolist() == ["ViT", "A-ViT", "Tuned"]
     assert frame["Accuracy", "%"].tolist() == pytest.approx([60, 65, 70])
     assert frame["Accuracy", "95 % CI"][0] == "[54.0, 66.0]"
     assert frame["Tokens", "%"].tolist() == pytest.approx([100, 62, 58])

@@ -81,8 +81,8 @@ def test_the_main_table_says_what_the_rows_say(written):
     assert frame.loc["Attention copy", "95 % CI"] == "[27.0, 43.0]"
     assert frame.loc["Attention copy", "Points"] == 25.0 and frame.loc["Attention copy", "p"] == "< 0.001"
     assert np.isnan(frame.loc["Scratch", "Points"]) and frame.loc["Scratch", "p"] == ""
-    assert frame.loc["Attention copy", "Params (M)"] == 1.02 and frame.loc["Scratch", "Training (s)"] == 12.3
-    assert np.isnan(frame.loc["Ensemble, mean logits", "Training (s)"])
+    assert frame.loc["Attention copy", "Params (M)"] == 1.02 and frame.loc["Scratch", "Time (s)"] == 12.3
+    assert np.isnan(frame.loc["Ensemble, mean logits", "Time (s)"])
     assert not set(items.PUBLISHED["Top-1 (%)"]) & set(frame["Top-1 (%)"])  # quoted figures stand apart
 
 

@@ -118,7 +118,7 @@ def test_every_item_has_a_caption(made):
 
 def test_absent_systems_are_marked_and_have_no_number(made):
     frame = made[0]["correspondence_systems"].frame.set_index(("", "System"))
-    assert frame.loc["DIFT (SD 2.1)", ("", "Weights")] == "absent"
+    assert frame.loc["DIFT (SD 2.1)", ("", "Weights")] == "no"
     assert np.isnan(frame.loc["DIFT (SD 2.1)", ("PCK@0.1", "%")]) and frame.loc["position", ("PCK@0.1", "%")] == 2.0
     assert frame.loc["position", ("PCK@0.1", "95 % CI")] == "[1.8, 2.2]"
     assert "weights not present" in made[0]["correspondence_systems"].latex("test")

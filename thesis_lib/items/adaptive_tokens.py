@@ -27,7 +27,7 @@ CAPTIONS = {
     "half of the rounds) and ideal (ratio of multiply-adds).",
     "adaptive_layers": "Tokens that each layer computes, mean over the test images.",
 }
-MODELS = {"baseline": "ViT", "adaptive": "A-ViT", "finetuned": "Tuned A-ViT"}
+MODELS = {"baseline": "ViT", "adaptive": "A-ViT", "finetuned": "Tuned"}
 ENGINES = {"dense": "dense ViT", "masked": "masked", "removing": "removing tokens"}
 TINTS = {"baseline": "#000000", "adaptive": "#D55E00", "finetuned": "#0072B2", "dense": "#0072B2", "masked": "#D55E00"}
 NAMES = {"tome": "Token merging", "adaptive": "Adaptive tokens"}
@@ -92,7 +92,7 @@ def models(rows: pd.DataFrame) -> Table:
     note = (
         f"{first['backbone']} at {int(first['image_size'])} px, n = {int(first['n'])} test images, 95 % bootstrap CI. "
         f"Depth: blocks a token passes. MMAC and ms an image, at batch {batch} on {first['device']}, timed in turn; "
-        "adaptive models remove tokens. The last model was trained longer: it starts from the ViT's weights."
+        "adaptive models remove tokens. Tuned: an A-ViT that starts from the trained ViT's weights."
     )
     digits = {("Tokens", "%"): 1, ("Tokens", "depth"): 2, ("Cost", "MMAC"): None, ("Cost", "ms"): None}
     frame = pd.DataFrame(records)

@@ -101,7 +101,7 @@ def transfer(rows: pd.DataFrame, images: pd.DataFrame) -> Table:
             "p": [p_text(tests["p_value"][stage]) if stage in tests.index else "" for stage in both["stage"]],
         }
     )
-    for metric, name, scale in (("params", "Params (M)", 1e-6), ("seconds", "Training (s)", 1.0)):
+    for metric, name, scale in (("params", "Params (M)", 1e-6), ("seconds", "Time (s)", 1.0)):
         values = [about.get((metric, stage), np.nan) for stage in both["stage"]]
         frame[name] = [float(significant(scale * value)) if np.isfinite(value) else np.nan for value in values]
     first = main.iloc[0]
@@ -110,7 +110,7 @@ def transfer(rows: pd.DataFrame, images: pd.DataFrame) -> Table:
         "Points: minus scratch on the same images; p: exact McNemar test, not corrected. Params: of the student, as "
         "trained. A copying student needs its teacher at inference, an ensemble needs both."
     )
-    digits = {"Top-1 (%)": 1, "Points": 1, "Params (M)": None, "Training (s)": None}
+    digits = {"Top-1 (%)": 1, "Points": 1, "Params (M)": None, "Time (s)": None}
     return Table(frame, digits, {"Top-1 (%)": "max"}, note)
 
 

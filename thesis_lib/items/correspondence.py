@@ -89,8 +89,8 @@ def systems_table(rows: pd.DataFrame) -> Table:
     image = scores(rows, evaluator="DIFT per image")
     parts = [_percent(r, models, g) for r, g in ((low, "PCK@0.05"), (main, "PCK@0.1"), (image, "PCK@0.1 per image"))]
     absent = set(named.loc[named["value"].isna(), "model"])
-    state = ["absent" if model in absent else "present" for model in models]
-    note = _note(rows) + (" Absent: weights not present on the machine; nothing is estimated." if absent else "")
+    state = ["no" if model in absent else "yes" for model in models]
+    note = _note(rows) + (" No: weights not present, and nothing is estimated." if absent else "")
     return _table(parts, [("System", models), ("Weights", state)], note)
 
 
