@@ -191,3 +191,11 @@ def test_seconds_is_the_time_of_one_call():
     between = lambda: calls.append("other")
     assert 0 <= ceilings._seconds(lambda: calls.append("call"), between, 1e-4) < 1e-3
     assert calls[:5] == ["call", "other", "call", "other", "call"] and calls.count("other") >= 5
+
+
+def test_the_matrix_rate_counts_the_overhead_of_the_call():
+    """A product as short as its overhead has any net rate: here 8 multiply-adds in no time beside the call."""
+    rates = np.array([1e15, 1e6]).reshape(2, 1, 1)
+    curve = ceilings.Curve(1e-3, ((2, 2000), (2,), (2,)), rates)
+    found = ceilings.Ceilings("cpu", "float32", 1, {"mm": curve}).matmul()
+    assert found == pytest.approx(8000 / (1e-3 + 8000 / 1e6))

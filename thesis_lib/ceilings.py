@@ -7,6 +7,7 @@ logarithms of the sizes, for a small product reaches a fraction of a large one's
 that of one outside it. No model is among them.
 """
 
+import functools
 import itertools
 import math
 import time
@@ -61,8 +62,13 @@ class Ceilings:
         return size * self.curves["copy"].rate([max(count // size, 1)])
 
     def matmul(self) -> float:
-        """Return the highest rate of a matrix product, multiply-adds a second."""
-        return float(self.curves["mm"].rates.max())
+        """Return the highest rate of a matrix product, multiply-adds a second, the call's overhead included.
+
+        A curve's own rates leave it out: of a product hardly longer than its overhead they say nothing.
+        """
+        curve = self.curves["mm"]
+        work = functools.reduce(np.multiply.outer, [np.asarray(axis, float) for axis in curve.axes])
+        return float((work / (curve.overhead + work / curve.rates)).max())
 
     def rows(self) -> list[dict]:
         """Return all of it as result rows: `overhead` in us, and `rate` at each grid point, its sizes in a column."""
