@@ -154,6 +154,7 @@ def shrink(profile):
     ]
 
 
+@pytest.mark.timeout(2700)  # every notebook on ViT-B: minutes, and three times that where others share the cores
 def test_thesis_profile_runs_through_on_small_published_trees(data, tmp_path):
     profile = yaml.safe_load((paths.PROFILES / "thesis.yaml").read_text())
     shrink(profile)
