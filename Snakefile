@@ -39,7 +39,8 @@ READS = {
 # These write a table of single triplets beside their rows.
 TRIPLETS = ("02_attention_evaluation", "04_distillation", "10_proposed_model")
 NO_MODEL = ("01_data_preparation", "09_thesis_figures")
-PRIORITY = {"04_distillation": 2, "02_attention_evaluation": 1}  # others wait for these
+# Others wait for 02 and 04; of the rest the longest start first, so that no core is left with a long one at the end.
+PRIORITY = {"05_attention_transfer": 4, "06_adaptive_tokens": 3, "04_distillation": 2, "02_attention_evaluation": 1}
 ALONE = ("03_efficiency_analysis", "10_proposed_model")  # these time things
 
 

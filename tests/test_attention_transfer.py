@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from thesis_lib import attention, backbone, perceptual, weights
 from thesis_lib.attention_students import create_student, export, load, load_encoder
-from thesis_lib.attention_teacher import Teacher, cross_entropy, divergence, on_key_set, transferred_layers
+from thesis_lib.attention_teacher import Teacher, cross_entropy, entropy, on_key_set, transferred_layers
 from thesis_lib.attention_training import (
     Augment,
     accuracy_row,
@@ -27,7 +27,7 @@ from thesis_lib.attention_training import (
     predict,
     train_classifier,
 )
-from thesis_lib.attention_transfer import MODES, AttentionTransfer
+from thesis_lib.attention_transfer import MODES, AttentionTransfer, MatchedAttention
 from thesis_lib.closed_form import count_macs
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4}
@@ -136,9 +136,33 @@ def test_cross_entropy_exceeds_entropy_by_the_divergence():
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         s, t = (torch.randn(2, 3, 5, 5, generator=generator).softmax(-1) for _ in range(2))
-        assert divergence(s.log(), t) > 0
-        torch.testing.assert_close(divergence(s.log(), t), F.kl_div(s.log(), t, reduction="none").sum(-1).mean())
-        torch.testing.assert_close(cross_entropy(t.log(), t), torch.special.entr(t).sum(-1).mean())
+        divergence = cross_entropy(s.log(), t) - entropy(t)
+        assert divergence > 0
+        torch.testing.assert_close(divergence, F.kl_div(s.log(), t, reduction="none").sum(-1).mean())
+        torch.testing.assert_close(cross_entropy(t.log(), t), entropy(t))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("heads", [[0, 1, 2, 3], [1, 3]])
+def test_matched_attention_has_the_values_and_gradients_of_its_equations(heads, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weight = (torch.randn(2, 4, 9, 8, generator=generator).to(dtype).float() for _ in range(4))
+    target = torch.randn(2, len(heads), 9, 9, generator=generator).softmax(-1)
+    every, counts = torch.zeros(2, 4, 9, 9), torch.zeros(4, 1, 1)
+    every[:, heads], counts[heads] = target, 1
+    found = []
+    for matched in (True, False):
+        parts = [x.to(dtype if matched else torch.float32).requires_grad_() for x in (q, k, v)]
+        if matched:
+            mixed, loss = MatchedAttention.apply(*parts, every, counts)
+            assert mixed.dtype == dtype
+        else:
+            log_map = (parts[0] @ parts[1].mT).log_softmax(-1)
+            mixed, loss = log_map.exp() @ parts[2], cross_entropy(log_map[:, heads], target)
+        ((mixed.float() * weight).sum() + 5 * loss).backward()
+        found.append([mixed.float(), loss, *(x.grad.float() for x in parts)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
 def test_losses_are_summed_over_layers_and_averaged_over_batch_heads_and_rows():
@@ -296,7 +320,7 @@ def test_keys_that_a_mixer_lacks_are_left_out_of_the_target():
     log_map, target = on_key_set(maps, torch.tensor([[[[0.25, 0.25, 0.5]]]]))
     assert target.tolist() == [[[[0.5, 0.5, 0.0]]]]
     assert cross_entropy(log_map, target).item() == pytest.approx(math.log(2))
-    assert divergence(log_map, target).item() == pytest.approx(0, abs=1e-7)
+    assert (cross_entropy(log_map, target) - entropy(target)).item() == pytest.approx(0, abs=1e-7)
 
 
 def test_a_wrong_pair_is_refused():

@@ -354,5 +354,5 @@ def test_predictions_stand_beside_what_was_measured():
     rows = pd.concat([rows, rows.tail(1).assign(metric="macs", value=1e6, batch=np.nan)], ignore_index=True)
     both = efficiency_grid.beside_measured(found, rows).set_index(["mixer", "batch"])["measured"]
     assert both["mha", 4] == pytest.approx(80.0) and both.isna().sum() == 3
-    reached = efficiency_grid.utilisation(rows, {"float32": flat(rate=1e9)}).set_index("metric")["value"]
+    reached = efficiency_grid.utilisation(rows, {"float32": flat(rate=1e9, overhead=0)}).set_index("metric")["value"]
     assert reached["achieved"] == pytest.approx(2 * 50 * 1e6) and reached["ceiling_share"] == pytest.approx(0.05)

@@ -52,7 +52,7 @@ def data(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     models, raw = folder / "results" / "demo" / "models", folder / "raw" / "synthetic" / "demo"
     save(Metric(backbone.create("demo", "pool", pretrained=False)), models / "student")
-    adaptive = AdaptiveViT(headed("demo", 18, pretrained=False), preset("paper", target_depth=3.5))
+    adaptive = AdaptiveViT(headed("demo", 18, pretrained=False), preset("paper", target_depth=3.0))
     adaptive_tokens.save(adaptive, models / "adaptive-finetuned.safetensors")
     write_spair(raw / "spair71k", {"test": 3}, workers=1)
     synthetic.write_imagenet100(raw / "imagenet100", {"train": 2, "validation": 2, "test": 3}, workers=1)

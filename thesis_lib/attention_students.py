@@ -66,14 +66,8 @@ def load_encoder(model: VisionTransformer, state: Mapping[str, Tensor], source: 
     if position is not None and position.ndim == 3 and position.shape[1:] != own["pos_embed"].shape[1:]:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
         encoder["pos_embed"] = resample_abs_pos_embed(position, model.patch_embed.grid_size, num_prefix_tokens=prefix)
-    missing, foreign = [key for key in own if key not in encoder], [key for key in encoder if key not in own]
-    shapes = [
-        f"{key} {tuple(encoder[key].shape)} (model: {tuple(own[key].shape)})"
-        for key in own
-        if key in encoder and encoder[key].shape != own[key].shape
-    ]
-    if missing or foreign or shapes:
-        raise ValueError(f"{source} is no encoder of this model: {weights.differences(missing, foreign, shapes)}")
+    if what := weights.mismatch(own, encoder):
+        raise ValueError(f"{source} is no encoder of this model: {what}")
     model.load_state_dict(encoder, strict=False)
     return model
 

@@ -214,9 +214,9 @@ def cross_entropy(log_map: Tensor, target: Tensor) -> Tensor:
     return -(target * log_map).sum(-1).mean()
 
 
-def divergence(log_map: Tensor, target: Tensor) -> Tensor:
-    """Return the mean KL divergence of the rows from the target, nats; both (B, h, N, n)."""
-    return cross_entropy(log_map, target) - torch.special.entr(target).sum(-1).mean()
+def entropy(target: Tensor) -> Tensor:
+    """Return the mean entropy of the rows of a target (B, h, N, n), nats: the least that `cross_entropy` can be."""
+    return torch.special.entr(target).sum(-1).mean()
 
 
 def on_key_set(maps: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 from thesis_lib import perceptual
-from thesis_lib.attention_teacher import divergence
 from thesis_lib.attention_transfer import AttentionTransfer
 from thesis_lib.checkpoint import digest
 from thesis_lib.distillation import trainable_parameters
@@ -196,12 +195,12 @@ def attention_gap(model: AttentionTransfer, images: Tensor) -> float:
     if model.copies or model.tensor != "map" or model.teacher is None:
         raise ValueError(f"only distilled maps are compared, not those of mode {model.options['mode']!r}")
     was_training, rate = model.training, model.drop_path
-    model.drop_path, model.compare = 0.0, divergence
+    model.drop_path, model.excess = 0.0, True
     try:
         with torch.no_grad():
             return float(model.train().tokens(images)[1]) / len(model.teacher.layers)
     finally:
-        del model.compare
+        model.excess = False
         model.train(was_training).drop_path = rate
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from thesis_lib import backbone as backbones
@@ -29,6 +30,7 @@ from thesis_lib.attention_teacher import (
     add_mlp,
     check_blocks,
     cross_entropy,
+    entropy,
     first_tokens,
     head_rows,
     on_key_set,
@@ -86,6 +88,39 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
 
 
+class MatchedAttention(torch.autograd.Function):
+    """softmax(q k^T) v and the cross-entropy of that map to a target: (B, h, N, d_h), and a scalar.
+
+    q, k, v: (B, h, N, d_h), q scaled. target: (B, h, N, N), rows that sum to 1. counts: (h, 1, 1), 1 for a head that is
+    matched, 0 for one that is not, whose target is 0.
+    By the scores, the derivative of the cross-entropy is the map less the target: what autograd would keep and pass
+    over several times, log-softmax, exponential and their product with the target, need not be in memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, target: Tensor, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        scores = (q @ k.mT).float()
+        total = scores.logsumexp(-1, keepdim=True)  # (B, h, N, 1)
+        rows = counts.sum() * len(q) * q.shape[2]
+        loss = ((counts * total).sum() - torch.dot(target.float().flatten(), scores.flatten())) / rows
+        maps = scores.sub_(total).exp_()
+        mixed = maps.to(v.dtype) @ v
+        ctx.save_for_backward(q, k, v, target, maps, mixed, counts / rows)
+        return mixed, loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, mixed_grad: Tensor, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, target, maps, mixed, shares = ctx.saved_tensors
+        each = loss_grad * shares  # (h, 1, 1)
+        inner = (mixed_grad * mixed).sum(-1, keepdim=True, dtype=torch.float)  # (B, h, N, 1)
+        by_scores = (mixed_grad @ v.mT).float().sub_(inner - each).mul_(maps).addcmul_(target.float(), each, value=-1)
+        by_scores = by_scores.to(q.dtype)
+        return by_scores @ k, by_scores.mT @ q, maps.to(v.dtype).mT @ mixed_grad, None, None
+
+
 class AttentionTransfer(nn.Module):
     """A student, and what it takes from a frozen teacher: images (B, 3, H, W) in [0, 1] -> logits (B, classes).
 
@@ -100,7 +135,7 @@ class AttentionTransfer(nn.Module):
     whose map cannot be copied or has nothing to learn.
     """
 
-    compare = staticmethod(cross_entropy)  # of log map and target
+    excess = False  # True: maps are compared by their divergence, the cross-entropy less its least value
 
     def __init__(
         self,
@@ -216,12 +251,23 @@ class AttentionTransfer(nn.Module):
 
     def _matched(self, attn: nn.Module, normed: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Mix tokens as `attn` does; return them and how far its attention is from the target."""
-        heads = self.teacher.heads if len(self.teacher.heads) < self.teacher.num_heads else slice(None)
+        give = self.teacher
+        whole = len(give.heads) == give.num_heads
         if type(attn) is not MHA:
-            return attn(normed), self.compare(*on_key_set(attn.attention_map(normed)[:, heads], target))
-        q, k, v = attn.query_key_value(normed)
-        if self.tensor != "map":
-            own = {"q": q, "k": k, "v": v}[self.tensor][:, heads]
-            return attn.project_heads(attn.attend(q, k, v)), F.mse_loss(own, target.to(own.dtype))
-        log_map = (q * attn.head_dim**-0.5 @ k.mT).log_softmax(dim=-1)
-        return attn.project_heads(log_map.exp().to(v.dtype) @ v), self.compare(log_map[:, heads], target)
+            maps = attn.attention_map(normed)
+            maps, target = on_key_set(maps if whole else maps[:, give.heads], target)
+            mixed, loss = attn(normed), cross_entropy(maps, target)
+        else:
+            q, k, v = attn.query_key_value(normed)
+            if self.tensor != "map":
+                own = {"q": q, "k": k, "v": v}[self.tensor]
+                own = own if whole else own[:, give.heads]
+                return attn.project_heads(attn.attend(q, k, v)), F.mse_loss(own, target.to(own.dtype))
+            counts = target.new_ones(give.num_heads, 1, 1)
+            if not whole:
+                counts = torch.zeros_like(counts).index_fill_(0, counts.new_tensor(give.heads, dtype=torch.long), 1)
+                every = target.new_zeros(*normed.shape[:1], give.num_heads, *target.shape[2:])
+                every[:, give.heads] = target
+            mixed, loss = MatchedAttention.apply(q * attn.head_dim**-0.5, k, v, target if whole else every, counts)
+            mixed = attn.project_heads(mixed)
+        return mixed, loss - entropy(target) if self.excess else loss

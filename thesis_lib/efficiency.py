@@ -166,7 +166,7 @@ def _at_batch(
         cls = functools.partial(class_token.last_class_token, model)
         rows.append(median_row("latency_cls", 1e3 * time_forward(cls, x, **timing)))
     if complete:
-        rows += time_split(function, x) if mode == "eager" else []
+        rows += time_split(function, x) if mode == "eager" and batch == 1 else []
         rows += energy(function, x) if x.is_cuda else []
     return [common | found for found in rows]
 

@@ -65,6 +65,7 @@ def save(figure: Figure, path: Path) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [path.with_suffix(".pdf"), path.with_suffix(".png")]
     figure.savefig(files[0], metadata={"CreationDate": None})
+    figure.set_layout_engine("none")  # what the first drawing laid out stays where it is
     figure.savefig(files[1])
     return files
 

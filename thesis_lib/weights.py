@@ -58,17 +58,21 @@ def load(
         different = [f"{k} {origin[k]!r} (model: {recipe[k]!r})" for k in keys if origin[k] != recipe[k]]
         if different:
             raise ValueError(f"{path} holds weights of another model: {', '.join(different)}.")
+    if what := mismatch(own, state):
+        raise ValueError(f"{path} holds weights of another size, depth or mixer: {what}")
+    model.load_state_dict(state)
+    return model
+
+
+def mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Say in one line how a state dictionary differs from the model's own in keys and shapes; "" if it fits."""
     missing, foreign = [k for k in own if k not in state], [k for k in state if k not in own]
     shapes = [
         f"{k} {tuple(state[k].shape)} (model: {tuple(own[k].shape)})"
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
-    if missing or foreign or shapes:
-        what = differences(missing, foreign, shapes)
-        raise ValueError(f"{path} holds weights of another size, depth or mixer: {what}")
-    model.load_state_dict(state)
-    return model
+    return differences(missing, foreign, shapes) if missing or foreign or shapes else ""
 
 
 def differences(missing: list[str], foreign: list[str], shapes: list[str], first: int = 3) -> str:

@@ -149,7 +149,9 @@ def numbers(rows: pd.DataFrame) -> dict[str, str]:
     scores = {m: one(rows, stage="test", metric="2afc", split="test", model=m) for m in ("proposed", "teacher")}
     share, p = (one(rows, stage="test", metric=metric) for metric in ("share_of_teacher", "p_value"))
     found = {
-        macro("proposed", name): f"{100 * row['value']:.1f} {interval(row['low'], row['high'], scale=100)}"
+        macro("proposed", name): "undefined"
+        if pd.isna(row["value"])
+        else f"{100 * row['value']:.1f} {interval(row['low'], row['high'], scale=100)}"
         for name, row in (("accuracy", scores["proposed"]), ("teacher accuracy", scores["teacher"]), ("share", share))
     }
     found[macro("proposed", "triplets")] = str(int(share["n"]))
