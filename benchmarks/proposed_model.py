@@ -1,6 +1,6 @@
 """Time DreamSim's ensemble beside the proposed model, in turn, on the same pictures and in the same number format.
 
-    python benchmarks/dreamsim.py [--model FOLDER | --plan M--/M-M] [--backbones ...] [--sizes 224] [--batch 1 16]
+    python benchmarks/proposed_model.py [--model FOLDER | --plan M--/M-M] [--backbones ...] [--sizes 224] [--batch 1 16]
                                   [--dtype float32 bfloat16] [--device cuda] [--compile] [--native 768]
 
 --model: a folder that `perceptual.save` wrote, timed as it is, at its own image size. --plan: a recipe, one letter a
