@@ -186,6 +186,14 @@ def test_ceilings_are_measured_in_their_units_for_every_family(monkeypatch):
     assert all(row["value"] > 0 for row in rows if row["metric"] == "rate")
 
 
+def test_a_mean_of_ceilings_averages_times_not_rates():
+    fast, slow = flat(rate=2e9, overhead=1e-6), flat(rate=1e9, overhead=3e-6)
+    both = ceilings.mean([fast, slow])
+    assert both.curves["mm"].overhead == pytest.approx(2e-6) and both.curves["view"].rates is None
+    assert both.curves["mm"].rate((2, 2, 2)) == pytest.approx(1 / (0.5 / 2e9 + 0.5 / 1e9))
+    assert (both.device, both.dtype, both.threads) == (fast.device, fast.dtype, fast.threads)
+
+
 def test_seconds_is_the_time_of_one_call():
     calls = []
     between = lambda: calls.append("other")

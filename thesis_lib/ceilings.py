@@ -12,7 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -110,6 +110,16 @@ def measure(
         curves["view"] = Curve(_seconds(lambda: [x.transpose(0, 1) for _ in range(4)], between, seconds) / 4)
         curves["module"] = Curve(_seconds(lambda: [module(x) for _ in range(4)], between, seconds) / 4)
     return Ceilings(device, dtype, torch.get_num_threads(), curves)
+
+
+def mean(parts: Sequence[Ceilings]) -> Ceilings:
+    """Average the times of several measurements of one device, format and thread count, point by point."""
+    curves = {}
+    for family, curve in parts[0].curves.items():
+        same = [part.curves[family] for part in parts]
+        rates = None if curve.rates is None else 1 / np.mean([1 / other.rates for other in same], axis=0)
+        curves[family] = Curve(float(np.mean([other.overhead for other in same])), curve.axes, rates)
+    return replace(parts[0], curves=curves)
 
 
 def _seconds(call: Callable[[], object], between: Callable[[], object] | None, budget: float) -> float:

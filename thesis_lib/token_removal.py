@@ -136,14 +136,14 @@ def _packed_block(block: Block, x: Tensor, layout: Layout) -> Tensor:
     attn = block.attn
     qkv = attn.qkv(block.norm1(x))  # (T, 3D)
     qkv = qkv if layout.gather is None else qkv.index_select(0, layout.gather)  # (P, 3D)
-    parts = []
+    mixed = qkv.new_empty(len(qkv), x.shape[1])  # (P, D)
     for bucket in layout.buckets:
         part = qkv[bucket.start : bucket.stop].view(bucket.images, bucket.length, 3, attn.num_heads, attn.head_dim)
         q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)  # (b, h, n, d_h)
         hidden = None if bucket.hidden is None else bucket.hidden.to(q.dtype)
         out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, hidden, scale=attn.head_dim**-0.5)
-        parts.append(out.transpose(1, 2).reshape(-1, x.shape[1]))
-    mixed = parts[0] if len(parts) == 1 else torch.cat(parts)  # (P, D)
+        place = mixed[bucket.start : bucket.stop].view(bucket.images, bucket.length, attn.num_heads, attn.head_dim)
+        place.copy_(out.transpose(1, 2))
     mixed = mixed if layout.back is None else mixed.index_select(0, layout.back)  # (T, D)
     x = x + block.ls1(attn.proj(attn.norm(mixed)))
     return x + block.ls2(block.mlp(block.norm2(x)))
