@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
+PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}  # under a name that a line crosses
 COMPASS = ((1, 0), (-1, 0), (0, 1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7), (0, -1))
 
 
@@ -38,7 +39,9 @@ def label_points(
         taken.append(Bbox.from_extents(left - half, bottom - half, right + half, top + half))
     frame = ax.get_window_extent(renderer)
     for name, x, y, tint in points:
-        text = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", color=tint, fontsize=8, va="center")
+        text = ax.annotate(
+            name, (x, y), (0, 0), textcoords="offset points", color=tint, fontsize=8, va="center", bbox=PAPER
+        )
         tried = []
         for radius, (dx, dy) in product((7, 11, 16, 22), COMPASS):
             side = ("center", "left", "right")[int(np.sign(dx))]
