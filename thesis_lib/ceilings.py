@@ -1,8 +1,8 @@
 """What a machine can do a second, measured on the spot with plain operations: the ceilings of cost_model.py.
 
 Products, convolutions, softmax attention, elementwise operations and copies are timed at a few sizes each. On a CPU a
-few others run before every timed call, as in a network: in a loop of its own an operation finds its code and memory in
-the nearest cache and takes half as long. On a GPU calls queue up, as they do there. Rates are interpolated over the
+few others run before every timed call and write about as much memory as a layer does: in a loop of its own an operation
+finds its code and memory in the nearest cache and takes half as long, or a third. On a GPU calls queue up, as they do there. Rates are interpolated over the
 logarithms of the sizes, for a small product reaches a fraction of a large one's rate and a copy in cache many times
 that of one outside it. No model is among them.
 """
@@ -102,7 +102,7 @@ def measure(
                 while family in UNITS and math.prod(sizes) > limit and sizes[0] > 256:  # the rate is level there
                     sizes = (sizes[0] // 2, *sizes[1:])
                 call, work = build(*sizes)
-                spent = _seconds(call, between, seconds)
+                spent = _seconds(call, between and _at_size(between, call()), seconds)
                 rates[place] = work / max(spent - overhead, 0.05 * spent)
             curves[family] = Curve(overhead, axes, rates)
         x, module = make(8, 8), nn.Identity()
@@ -158,6 +158,17 @@ def _others(make: Callable[..., Tensor]) -> Callable[[], object]:
         return torch.bmm(y.view(4, 32, 64), y.view(4, 32, 64).mT).sum(-1).exp()
 
     return between
+
+
+def _at_size(between: Callable[[], object], result: Tensor) -> Callable[[], object]:
+    """Return what precedes a call of this result in a network: `between`, and as much memory as a layer writes."""
+    rest = torch.zeros(min(8 * result.numel(), 2**24), dtype=result.dtype)
+
+    def layer() -> None:
+        between()
+        rest.add_(1)
+
+    return layer
 
 
 def _families(make: Callable[..., Tensor]) -> dict[str, tuple[tuple, Callable]]:
