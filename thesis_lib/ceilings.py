@@ -1,10 +1,10 @@
 """What a machine can do a second, measured on the spot with plain operations: the ceilings of cost_model.py.
 
 Products, convolutions, softmax attention, elementwise operations and copies are timed at a few sizes each. On a CPU a
-few others run before every timed call and write about as much memory as a layer does: in a loop of its own an operation
-finds its code and memory in the nearest cache and takes half as long, or a third. On a GPU calls queue up, as they do there. Rates are interpolated over the
-logarithms of the sizes, for a small product reaches a fraction of a large one's rate and a copy in cache many times
-that of one outside it. No model is among them.
+few others run before every timed call and write about as much memory as a layer does: in a loop of its own an
+operation finds its code and memory in the nearest cache and takes half as long, or a third. On a GPU calls queue up,
+as they do there. Rates are interpolated over the logarithms of the sizes, for a small product reaches a fraction of a
+large one's rate and a copy in cache many times that of one outside it. No model is among them.
 """
 
 import functools
