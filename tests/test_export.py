@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from thesis_lib import attention, backbone, export, perceptual
+from thesis_lib import attention, backbone, export, perceptual, token_merging
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
@@ -84,6 +84,17 @@ def test_without_onnx_its_row_says_so(tmp_path, monkeypatch):
     assert row["value"] is None and row["note"] == "not installed: onnx, onnxscript, onnxruntime"
     with pytest.raises(ModuleNotFoundError, match="pip install onnx"):
         export.save_onnx(build(), tmp_path / "embed.onnx")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_what_onnx_cannot_say_is_a_row_with_a_note(tmp_path):
+    pytest.importorskip("onnxscript")
+    metric = build("mha")
+    token_merging.merge_tokens(metric.backbone, 1)  # it sorts, stably
+    rows = export.compare(metric, tmp_path, batch_sizes=(1,), rounds=1, runs=1, warmup=0)
+    (row,) = [row for row in rows if row["runtime"] == "onnx"]
+    assert row["value"] is None and "ONNX" in row["note"]
+    assert {row["runtime"] for row in rows if row["metric"] == "latency"} == {"eager", "torch.export"}
 
 
 def test_files_that_are_none_are_refused(tmp_path):

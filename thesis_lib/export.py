@@ -113,7 +113,8 @@ def compare(
 
     Per runtime: "file_size" (MB; of eager the weights alone), and by batch "latency" (ms a batch), "throughput" and
     "max_difference" from the eager embedding. Runtimes take turns `rounds` times; `timing` is
-    `efficiency.time_forward`'s, per turn. Without onnx or onnxruntime its rows have no value and a note.
+    `efficiency.time_forward`'s, per turn. Without onnx or onnxruntime, and for a metric with an operation that
+    torch's exporter cannot say in ONNX, its one row has no value and a note.
     """
     folder, recipe = Path(folder), metric.backbone.recipe
     run: dict[str, Callable[[Tensor], Tensor]] = {"eager": metric.cpu().eval()._embed}
@@ -121,18 +122,21 @@ def compare(
     sizes["torch.export"] = save_program(metric, folder / FILES["torch.export"]).stat().st_size
     run["torch.export"] = load(folder / FILES["torch.export"])
     absent = [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
+    why = f"not installed: {', '.join(absent)}" if absent else None
     if not absent:
-        sizes["onnx"] = save_onnx(metric, folder / FILES["onnx"]).stat().st_size
-        run["onnx"] = load(folder / FILES["onnx"])
+        try:
+            sizes["onnx"] = save_onnx(metric, folder / FILES["onnx"]).stat().st_size
+            run["onnx"] = load(folder / FILES["onnx"])
+        except torch.onnx.OnnxExporterError:  # token merging sorts, for one
+            why = "torch's exporter knows no ONNX form of one of its operations"
     common = {"backbone": recipe["name"], "mixer": recipe["mixer"], "dtype": "float32", "device": "cpu", "seed": seed}
     common |= {"image_size": metric.backbone.patch_embed.img_size[0], "threads": torch.get_num_threads(), "note": None}
     rows = [
         {"metric": "file_size", "value": size / 1e6, "unit": "MB", "n": 1, "runtime": name}
         for name, size in sizes.items()
     ]
-    if absent:
-        note = f"not installed: {', '.join(absent)}"
-        rows.append({"metric": "file_size", "value": None, "unit": "MB", "n": 0, "runtime": "onnx", "note": note})
+    if why:
+        rows.append({"metric": "file_size", "value": None, "unit": "MB", "n": 0, "runtime": "onnx", "note": why})
     for batch in batch_sizes:
         shape = (batch, 3, *metric.backbone.patch_embed.img_size)
         images = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
