@@ -131,6 +131,12 @@ def test_numbers_are_the_test_splits_and_the_last_steps(rows):
     )
 
 
+def test_a_share_that_cannot_be_had_is_called_undefined(rows):
+    own = rows["metric"] == "share_of_teacher"
+    rows.loc[own, ["value", "low", "high"]] = float("nan")
+    assert own.any() and items.numbers(rows)["ProposedShare"] == "undefined"
+
+
 def test_figures_show_what_the_rows_say(rows):
     left, right = figures.sensitivity(rows).axes
     assert [tick.get_text() for tick in left.get_yticklabels()] == ["Pool", "Identity", "Dropped", "Grid halved"]
