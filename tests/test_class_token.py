@@ -1,5 +1,7 @@
 """The class token of the last block, alone and together with all other tokens, which must not differ."""
 
+import copy
+
 import pytest
 import torch
 from timm.layers import LayerNorm
@@ -91,11 +93,40 @@ def test_an_unmerged_adapter_keeps_its_share_and_its_gradients(monkeypatch):
     assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)
 
 
-def test_training_hooks_and_other_features_see_all_tokens():
+@pytest.mark.parametrize("mixer", [None, "mha", "pool"])
+def test_training_computes_the_class_token_alone_with_the_same_gradients(mixer, monkeypatch):
+    model = build(mixer, init_values=0.3, drop_path_rate=0.6).train()
+    whole = copy.deepcopy(model)
+    torch.manual_seed(2)
+    short = perceptual.Metric(model).embed(images(8))
+    torch.manual_seed(2)  # drop path draws once an image and branch, however many tokens there are
+    monkeypatch.setattr(class_token, "applies", lambda vit: False)
+    full = perceptual.Metric(whole).embed(images(8))
+    torch.testing.assert_close(short, full, atol=1e-5, rtol=1e-5)
+    for embedding in (short, full):
+        embedding[:, 0].sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), whole.parameters(), strict=True):
+        if other.grad is None:
+            assert parameter.grad is None, name
+        else:
+            torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_dropout_acts_on_the_class_token_alone():
+    model = build("mha", proj_drop_rate=0.5).train()
+    x = images(1).expand(2000, -1, -1, -1)
+    for part in (model.pos_drop, *model.blocks[:-1]):
+        part.eval()
+    with torch.no_grad():
+        dropped = class_token.last_class_token(model, x)
+        model.eval()
+        spread = dropped - class_token.last_class_token(model, x[:1])
+    assert (spread.std(0) > 0.01).all()
+
+
+def test_hooks_and_other_features_see_all_tokens():
     model, seen = build(), []
     metric = perceptual.Metric(model)
-    assert class_token.applies(model)
-    assert not class_token.applies(model.train()) and class_token.applies(model.eval())
     with model.blocks[-1].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape)):
         metric.embed(images(2))
     assert seen == [(2, 17, 48)]

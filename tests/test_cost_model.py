@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from thesis_lib import attention, backbone, ceilings, class_token, closed_form, cost_model
 from thesis_lib.ceilings import Ceilings, Curve
@@ -184,6 +185,27 @@ def test_ceilings_are_measured_in_their_units_for_every_family(monkeypatch):
     assert {row["unit"] for row in rows} == {"us", "MAC/s", "element/s"}
     assert {row["family"] for row in rows if row["unit"] == "MAC/s"} == set(ceilings.UNITS)
     assert all(row["value"] > 0 for row in rows if row["metric"] == "rate")
+
+
+class Written(TorchDispatchMode):
+    """Counts the bytes of results."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.bytes += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"), [((8, 8), 2**22), ((2**11, 2**10), 8 * 2**23), ((2**13, 2**12), 2**26)]
+)
+def test_what_precedes_a_timed_call_leaves_the_caches_cold(result, expected):
+    layer = ceilings._at_size(lambda: None, torch.empty(result))
+    with Written() as written:
+        layer()
+    assert written.bytes == expected
 
 
 def test_a_mean_of_ceilings_averages_times_not_rates():

@@ -1,10 +1,11 @@
 """What a machine can do a second, measured on the spot with plain operations: the ceilings of cost_model.py.
 
 Products, convolutions, softmax attention, elementwise operations and copies are timed at a few sizes each. On a CPU a
-few others run before every timed call and write about as much memory as a layer does: in a loop of its own an
-operation finds its code and memory in the nearest cache and takes half as long, or a third. On a GPU calls queue up,
-as they do there. Rates are interpolated over the logarithms of the sizes, for a small product reaches a fraction of a
-large one's rate and a copy in cache many times that of one outside it. No model is among them.
+few others run before every timed call and write about as much memory as a layer does, and no less than a small model
+reads between two uses of one weight: in a loop of its own an operation finds its code and memory in the nearest cache
+and takes half as long, or a third. On a GPU calls queue up, as they do there. Rates are interpolated over the
+logarithms of the sizes, for a small product reaches a fraction of a large one's rate and a copy in cache many times
+that of one outside it. No model is among them.
 """
 
 import functools
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 UNITS = {"mm": "MAC/s", "bmm": "MAC/s", "attention": "MAC/s", "convolution": "MAC/s", "depthwise": "MAC/s"}
 ELEMENTS = (2**9, 2**13, 2**16, 2**18, 2**20, 2**22)
 WIDTH = 128  # of the rows that elementwise operations run over
+WEIGHTS = 2**22  # bytes of a small model's weights, more than a core's own cache holds
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,9 @@ def _others(make: Callable[..., Tensor]) -> Callable[[], object]:
 
 
 def _at_size(between: Callable[[], object], result: Tensor) -> Callable[[], object]:
-    """Return what precedes a call of this result in a network: `between`, and as much memory as a layer writes."""
-    rest = torch.zeros(min(8 * result.numel(), 2**24), dtype=result.dtype)
+    """Return what precedes a call of this result in a network: `between`, and as much memory as lies in between."""
+    elements = max(8 * result.numel(), WEIGHTS // result.element_size())  # what a layer writes, all weights
+    rest = torch.zeros(min(elements, 2**24), dtype=result.dtype)
 
     def layer() -> None:
         between()

@@ -2,7 +2,8 @@
 
 After the last mixer nothing joins the tokens any more, so that block's MLP, second norm and residual sums are needed
 for one token of N; softmax attention needs one query, too. What is left out is dead compute: the class token is the
-same up to rounding. Of a block's 12 N D^2 + 2 N^2 D multiply-adds this leaves 2 N D^2 + 10 D^2 + 2 N D.
+same up to rounding, in training too, its gradients included. Of a block's 12 N D^2 + 2 N^2 D multiply-adds this
+leaves 2 N D^2 + 10 D^2 + 2 N D.
 """
 
 import torch
@@ -22,11 +23,8 @@ def possible(vit: nn.Module) -> bool:
 
 
 def applies(vit: nn.Module) -> bool:
-    """Say whether the class token may be computed alone now: `possible`, in eval mode, no hook waits for the rest."""
-    if not possible(vit):
-        return False
-    modules = list(vit.blocks[-1].modules())
-    return not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in modules)
+    """Say whether the class token may be computed alone now: `possible`, and no hook waits for the rest."""
+    return possible(vit) and not any(m._forward_hooks or m._forward_pre_hooks for m in vit.blocks[-1].modules())
 
 
 def last_class_token(vit: nn.Module, x: Tensor) -> Tensor:
@@ -40,8 +38,8 @@ def last_class_token(vit: nn.Module, x: Tensor) -> Tensor:
         intermediates_only=True,
     )
     tokens, block = torch.cat([prefix, patches], dim=1), vit.blocks[-1]  # (B, N, D)
-    cls = tokens[:, :1] + block.ls1(_mix(block.attn, block.norm1(tokens)))  # (B, 1, D)
-    return (cls + block.ls2(block.mlp(block.norm2(cls))))[:, 0]
+    cls = tokens[:, :1] + block.drop_path1(block.ls1(_mix(block.attn, block.norm1(tokens))))  # (B, 1, D)
+    return (cls + block.drop_path2(block.ls2(block.mlp(block.norm2(cls)))))[:, 0]
 
 
 def model_cost(vit: nn.Module, norm: bool = False) -> Cost:
@@ -78,8 +76,10 @@ def _mix(attn: nn.Module, x: Tensor) -> Tensor:
     q = F.linear(x[:, :1], weight[:inner], None if bias is None else bias[:inner])
     k, v = F.linear(x, weight[inner:], None if bias is None else bias[inner:]).chunk(2, dim=-1)
     q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, h, 1 or N, d_h)
-    out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, scale=attn.head_dim**-0.5)
-    return attn.proj(attn.norm(out.transpose(1, 2).flatten(2)))
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    q, k, scale = attn.q_norm(q), attn.k_norm(k), attn.head_dim**-0.5
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    return attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
 
 
 def _one_query(attn: nn.Module) -> bool:

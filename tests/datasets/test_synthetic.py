@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from thesis_lib.datasets import rendering, scenes, synthetic
+from thesis_lib.datasets.folders import image_folder
 from thesis_lib.datasets.imagenet100 import ImageNet100
 from thesis_lib.datasets.nights import NIGHTS
 from thesis_lib.datasets.scenes import Stream
@@ -115,6 +116,17 @@ def test_imagenet100_shards_are_read_by_the_real_loader(tmp_path):
     assert len(data.sources) == 30
     names = json.loads((root / "label2text.json").read_text())
     assert names["4"] == "striped bean" and len(names) == len(synthetic.OBJECT_CLASSES)
+
+
+def test_scenes_are_a_folder_of_images_that_no_triplet_shows(tmp_path):
+    root = synthetic.write_scenes(tmp_path / "scenes", 5, seed=3, workers=1)
+    found = image_folder(root)
+    assert [path.relative_to(root).as_posix() for path in found] == [f"000/{i:03d}.jpg" for i in range(5)]
+    with Image.open(found[4]) as image:
+        assert image.size == (synthetic.SIZE, synthetic.SIZE)
+    triplets = [synthetic.draw_triplet(3, split, i) for split in range(3) for i in range(20)]
+    shown = {scene for triplet in triplets for scene in (triplet.reference, triplet.left, triplet.right)}
+    assert not shown & {scenes.draw_scene(Stream(3, 200, i)) for i in range(20)}
 
 
 def test_things_stay_where_place_says():

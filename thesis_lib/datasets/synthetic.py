@@ -204,3 +204,22 @@ def write_imagenet100(
 
     recipe = {"format": "ImageNet-100", "counts": dict(counts), "seed": seed, "size": size, "world": scenes.VERSION}
     return once(Path(root), recipe, write)
+
+
+def _write_scene(index: int, folder: Path, seed: int, size: int) -> None:
+    stream = Stream(seed, 200, index)
+    picture = _encode(scenes.draw_scene(stream), stream.below(2**31), size, "JPEG")
+    (folder / f"{index // 1000:03d}" / f"{index % 1000:03d}.jpg").write_bytes(picture)
+
+
+def write_scenes(root: Path, images: int, *, seed: int = 0, size: int = SIZE, workers: int | None = None) -> Path:
+    """Write pictures that nobody voted on, of scenes as the triplets show, as a folder of images: XXX/YYY.jpg."""
+
+    def write(folder: Path) -> None:
+        for high in range(-(-images // 1000)):
+            (folder / f"{high:03d}").mkdir()
+        work = partial(_write_scene, folder=folder, seed=seed, size=size)
+        in_parallel(work, range(images), total=images, workers=workers, label="scenes")
+
+    recipe = {"format": "image folder", "images": images, "seed": seed, "size": size, "world": scenes.VERSION}
+    return once(Path(root), recipe, write)
