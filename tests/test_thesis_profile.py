@@ -96,6 +96,7 @@ SMALL = {  # what a few samples on a CPU need to differ; all else is the thesis'
         "mixers": ["pool"],
         "halved_mixers": [],
         "budgets": [0.5],
+        "halved_budgets": [0.5],
         "batch_size": 2,
         "rounds": 1,
         "field": {"backbones": ["vit_small_patch16_224.dino"], "images": 2, "rounds": 1},
