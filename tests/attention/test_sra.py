@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from thesis_lib.attention.base import convolve_cells
 from thesis_lib.attention.mha import MHA
 from thesis_lib.attention.sra import SRA
 
@@ -104,7 +107,7 @@ def test_equals_transformers_pvt_self_attention(grid, heads, ratio, attention, t
     mixer, conv = (build(layer, grid, 0, ratio=ratio, pooling=pooling) for pooling in ("pvt", "conv"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        nn.init.normal_(mixer.reduction.weight, std=0.1, generator=generator)
+        nn.init.normal_(mixer.reduction.weight, std=(24 * ratio**2) ** -0.5, generator=generator)
         for parameter in (mixer.reduction.bias, *mixer.reduction_norm.parameters()):
             nn.init.normal_(parameter, generator=generator)
         conv.reduction.load_state_dict(mixer.reduction.state_dict())
@@ -135,3 +138,14 @@ def test_the_published_layer_has_its_norm_where_it_reduces(attention, tokens):
     extra = SRA.cost(197, 768, 12, pooling="pvt").params - MHA.cost(197, 768, 12).params
     assert extra == 2_361_600
     assert isinstance(SRA.from_attention(attention(), (8, 8), 1, ratio=1, pooling="pvt").reduction_norm, nn.Identity)
+
+
+def test_the_patch_convolution_is_one_product_without_a_copy_of_its_weights(attention, tokens):
+    mixer = copy.deepcopy(SRA.from_attention(attention(), (6, 10), 1, pooling="conv"))
+    conv = mixer.reduction
+    state = {name: torch.randn_like(value).contiguous() for name, value in conv.state_dict().items()}
+    conv.load_state_dict(state)
+    assert conv.weight.permute(0, 2, 3, 1).flatten(1).data_ptr() == conv.weight.data_ptr()
+    patches = tokens((6, 10), 0)
+    expected = conv(patches.mT.unflatten(-1, (6, 10))).flatten(2).mT
+    assert_close(convolve_cells(conv, patches, (6, 10)), expected, rtol=1e-5, atol=1e-5)

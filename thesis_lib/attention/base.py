@@ -62,16 +62,24 @@ def pool_cells(x: Tensor, grid: tuple[int, int], ratio: int) -> Tensor:
 
 
 def averaging_conv(channels: int, ratio: int, like: Tensor, bias: bool) -> nn.Conv2d:
-    """Make a patch convolution that starts as the average over ratio x ratio cells."""
+    """Make a patch convolution that starts as the average over ratio x ratio cells, its weights channels-last."""
     conv = nn.utils.skip_init(
         nn.Conv2d, channels, channels, ratio, stride=ratio, bias=bias, device=like.device, dtype=like.dtype
-    )
+    ).to(memory_format=torch.channels_last)
     with torch.no_grad():
         taps = torch.eye(channels, device=like.device, dtype=like.dtype) / ratio**2
         conv.weight.copy_(taps[:, :, None, None].expand_as(conv.weight))
         if bias:
             conv.bias.zero_()
     return conv
+
+
+def convolve_cells(conv: nn.Conv2d, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Apply a patch convolution to tokens (B, H*W, C) of a row-major grid as one product -> (B, H*W/ratio^2, C)."""
+    ratio = conv.stride[0]
+    cells = x.unflatten(1, (grid[0] // ratio, ratio, grid[1] // ratio, ratio)).transpose(2, 3)
+    cells = cells.flatten(3).flatten(1, 2)  # (B, H*W/ratio^2, ratio^2 C)
+    return F.linear(cells, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)  # a view of channels-last weights
 
 
 def linear_rows(linear: nn.Linear, start: int, stop: int) -> nn.Linear:

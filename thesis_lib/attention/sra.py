@@ -11,6 +11,7 @@ from thesis_lib.attention.base import (
     Cost,
     Mixer,
     averaging_conv,
+    convolve_cells,
     divisor_of_grid,
     linear_rows,
     pool_cells,
@@ -63,7 +64,7 @@ class SRA(Mixer):
         if self.reduction is None:
             pooled = pool_cells(patches, self.grid, self.ratio)
         else:
-            pooled = self.reduction_norm(self.reduction(patches.mT.unflatten(-1, self.grid)).flatten(2).mT)
+            pooled = self.reduction_norm(convolve_cells(self.reduction, patches, self.grid))
         return torch.cat([prefix, pooled], dim=1)
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
