@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 # Before thesis_lib.paths is imported for the first time.
@@ -13,3 +14,4 @@ os.environ["THESIS_FIGURES"] = os.path.join(_folder, "figures")
 os.environ["MPLBACKEND"] = "agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("THESIS_RUN", None)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored, and so its children
