@@ -202,7 +202,7 @@ class Written(TorchDispatchMode):
     ("result", "expected"), [((8, 8), 2**22), ((2**11, 2**10), 8 * 2**23), ((2**13, 2**12), 2**26)]
 )
 def test_what_precedes_a_timed_call_leaves_the_caches_cold(result, expected):
-    layer = ceilings._at_size(lambda: None, torch.empty(result))
+    layer = ceilings._with_cold_caches(lambda: None, torch.empty(result))
     with Written() as written:
         layer()
     assert written.bytes == expected

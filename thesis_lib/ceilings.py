@@ -24,7 +24,7 @@ from torch import Tensor, nn
 UNITS = {"mm": "MAC/s", "bmm": "MAC/s", "attention": "MAC/s", "convolution": "MAC/s", "depthwise": "MAC/s"}
 ELEMENTS = (2**9, 2**13, 2**16, 2**18, 2**20, 2**22)
 WIDTH = 128  # of the rows that elementwise operations run over
-WEIGHTS = 2**22  # bytes of a small model's weights, more than a core's own cache holds
+MODEL_BYTES = 2**22  # of a small model's weights, more than a core's own cache holds
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def measure(
                 while family in UNITS and math.prod(sizes) > limit and sizes[0] > 256:  # the rate is level there
                     sizes = (sizes[0] // 2, *sizes[1:])
                 call, work = build(*sizes)
-                spent = _seconds(call, between and _at_size(between, call()), seconds)
+                spent = _seconds(call, between and _with_cold_caches(between, call()), seconds)
                 rates[place] = work / max(spent - overhead, 0.05 * spent)
             curves[family] = Curve(overhead, axes, rates)
         x, module = make(8, 8), nn.Identity()
@@ -162,9 +162,9 @@ def _others(make: Callable[..., Tensor]) -> Callable[[], object]:
     return between
 
 
-def _at_size(between: Callable[[], object], result: Tensor) -> Callable[[], object]:
-    """Return what precedes a call of this result in a network: `between`, and as much memory as lies in between."""
-    elements = max(8 * result.numel(), WEIGHTS // result.element_size())  # what a layer writes, all weights
+def _with_cold_caches(between: Callable[[], object], result: Tensor) -> Callable[[], object]:
+    """Return what precedes a call of this result in a network: `between`, and writes that push it out of the cache."""
+    elements = max(8 * result.numel(), MODEL_BYTES // result.element_size())  # what a layer writes, all weights
     rest = torch.zeros(min(elements, 2**24), dtype=result.dtype)
 
     def layer() -> None:
