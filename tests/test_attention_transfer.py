@@ -148,19 +148,19 @@ def test_matched_attention_has_the_values_and_gradients_of_its_equations(heads, 
     generator = torch.Generator().manual_seed(0)
     q, k, v, weight = (torch.randn(2, 4, 9, 8, generator=generator).to(dtype).float() for _ in range(4))
     target = torch.randn(2, len(heads), 9, 9, generator=generator).softmax(-1)
-    every, counts = torch.zeros(2, 4, 9, 9), torch.zeros(4, 1, 1)
+    every, counts = torch.zeros(2, 4, 9, 9), torch.zeros(4, 1)
     every[:, heads], counts[heads] = target, 1
     found = []
     for matched in (True, False):
-        parts = [x.to(dtype if matched else torch.float32).requires_grad_() for x in (q, k, v)]
+        qkv = torch.stack([q, k, v]).to(dtype if matched else torch.float32).requires_grad_()
         if matched:
-            mixed, loss = MatchedAttention.apply(*parts, every, counts)
+            mixed, loss = MatchedAttention.apply(qkv, 0.5, every, counts)
             assert mixed.dtype == dtype
         else:
-            log_map = (parts[0] @ parts[1].mT).log_softmax(-1)
-            mixed, loss = log_map.exp() @ parts[2], cross_entropy(log_map[:, heads], target)
+            log_map = (0.5 * qkv[0] @ qkv[1].mT).log_softmax(-1)
+            mixed, loss = log_map.exp() @ qkv[2], cross_entropy(log_map[:, heads], target)
         ((mixed.float() * weight).sum() + 5 * loss).backward()
-        found.append([mixed.float(), loss, *(x.grad.float() for x in parts)])
+        found.append([mixed.float(), loss, *qkv.grad.float()])
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 

@@ -5,6 +5,7 @@ starts from random weights use, or learn, the attention of a pretrained teacher,
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -67,19 +68,34 @@ def first_tokens(model: VisionTransformer, x: Tensor) -> Tensor:
     return model.norm_pre(model._pos_embed(model.patch_embed(x)))
 
 
-def add_branch(x: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
-    """Add a residual branch (B, N, D), times its drop-path factors (B, 1, 1) where there are any."""
-    return x + branch if mask is None else x + branch * mask.to(x.device)
+def add_branch(x: Tensor, mask: Tensor | None, branch: Callable[..., Tensor], *beside: Tensor) -> Tensor:
+    """Add a residual branch, `branch(x, *beside)`, to x (B, N, D), times its drop-path factors where there are any.
 
-
-def add_mlp(x: Tensor, block: Block, mask: Tensor | None) -> Tensor:
-    """Add a block's MLP branch to x (B, N, D); images that drop it (factor 0) are not computed."""
+    mask: (B, 1, 1) on the CPU. Images that drop the branch (factor 0) are not computed.
+    """
     kept = None if mask is None else mask.flatten().nonzero().flatten()
-    if kept is None or len(kept) == len(x):
-        return add_branch(x, block.ls2(block.mlp(block.norm2(x))), mask)
+    if kept is None:
+        return x + branch(x, *beside)
+    if len(kept) in (0, len(x)):  # of no image at all there would be no gradient, which averaging over processes needs
+        return x + branch(x, *beside) * mask.to(x.device)
     factor, kept = mask[kept].to(x.device), kept.to(x.device)
-    branch = block.ls2(block.mlp(block.norm2(x[kept]))) * factor
-    return x.index_add(0, kept, branch.to(x.dtype))
+    added = branch(x[kept], *(part[kept] for part in beside)) * factor
+    return x.index_add(0, kept, added.to(x.dtype))
+
+
+def mix(block: Block, x: Tensor, *given: Tensor) -> Tensor:
+    """Return a block's attention branch of x (B, N, D), without drop path; given: what its attention copies."""
+    return block.ls1(block.attn(block.norm1(x), *given))
+
+
+def project(block: Block, _: Tensor, mixed: Tensor) -> Tensor:
+    """Return the attention branch of what heads mixed, (B, h, N, d_h), or of tokens (B, N, D) that are projected."""
+    return block.ls1(block.attn.project_heads(mixed) if mixed.ndim == 4 else mixed)
+
+
+def feed_forward(block: Block, x: Tensor) -> Tensor:
+    """Return a block's MLP branch of x (B, N, D), without drop path."""
+    return block.ls2(block.mlp(block.norm2(x)))
 
 
 def take_rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:
@@ -158,21 +174,22 @@ class Teacher(nn.Module):
             return dict(zip(self.layers, self.fixed.unsqueeze(1).expand(-1, len(x), -1, -1, -1), strict=True))
         tokens, taken = first_tokens(self.backbone, x), {}
         for i, block in enumerate(self.backbone.blocks):
-            attn, normed = block.attn, block.norm1(tokens)
-            if i == self.layers[-1]:
-                taken[i] = self._last(attn, normed)
-                return taken
-            q, k, v = attn.query_key_value(normed)
-            if i not in self.layers:
-                mixed = attn.attend(q, k, v)
-            elif self.tensor == "map":
-                maps = attn.weights(q, k)
-                taken[i], mixed = self._averaged(self._of_heads(maps)), maps @ v
-            else:
-                taken[i], mixed = self._of_heads({"q": q, "k": k, "v": v}[self.tensor]), attn.attend(q, k, v)
             first, second = (None, None) if masks is None else masks[i]
-            tokens = add_branch(tokens, block.ls1(attn.project_heads(mixed)), first)
-            tokens = add_mlp(tokens, block, second)
+            if i not in self.layers:
+                tokens = add_branch(tokens, first, partial(mix, block))
+            else:
+                attn, normed = block.attn, block.norm1(tokens)
+                if i == self.layers[-1]:
+                    taken[i] = self._last(attn, normed)
+                    return taken
+                q, k, v = attn.query_key_value(normed)
+                if self.tensor == "map":
+                    maps = attn.weights(q, k)
+                    taken[i], mixed = self._averaged(self._of_heads(maps)), maps @ v
+                else:
+                    taken[i], mixed = self._of_heads({"q": q, "k": k, "v": v}[self.tensor]), attn.attend(q, k, v)
+                tokens = add_branch(tokens, first, partial(project, block), mixed)
+            tokens = add_branch(tokens, second, partial(feed_forward, block))
         raise AssertionError("the last layer was never reached")
 
     def _last(self, attn: MHA, normed: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ one of the projections (distilled by the mean squared error).
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +28,15 @@ from thesis_lib.attention_teacher import (
     TENSORS,
     Teacher,
     add_branch,
-    add_mlp,
     check_blocks,
     cross_entropy,
     entropy,
+    feed_forward,
     first_tokens,
     head_rows,
+    mix,
     on_key_set,
+    project,
     take_rows,
     transferred_layers,
 )
@@ -89,36 +92,44 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class MatchedAttention(torch.autograd.Function):
-    """softmax(q k^T) v and the cross-entropy of that map to a target: (B, h, N, d_h), and a scalar.
+    """softmax(scale q k^T) v and the cross-entropy of that map to a target: (B, h, N, d_h), and a scalar.
 
-    q, k, v: (B, h, N, d_h), q scaled. target: (B, h, N, N), rows that sum to 1. counts: (h, 1, 1), 1 for a head that is
-    matched, 0 for one that is not, whose target is 0.
+    qkv: (3, B, h, N, d_h), in one piece of memory. target: (B, h, N, N), rows that sum to 1. counts: (h, 1), 1 for a
+    head that is matched, 0 for one that is not, whose target is 0.
     By the scores, the derivative of the cross-entropy is the map less the target: what autograd would keep and pass
-    over several times, log-softmax, exponential and their product with the target, need not be in memory.
+    over several times, log-softmax, exponential and their product with the target, need not be in memory. The three
+    gradients are written where the projection wants them, in one piece.
     """
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, target: Tensor, counts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        scores = (q @ k.mT).float()
-        total = scores.logsumexp(-1, keepdim=True)  # (B, h, N, 1)
-        rows = counts.sum() * len(q) * q.shape[2]
+    def forward(ctx: FunctionCtx, qkv: Tensor, scale: float, target: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = qkv.flatten(1, 2)  # (B h, N, d_h)
+        scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale).float().view(target.shape)
+        maps = scores.softmax(-1)
+        total = scores.amax(-1) - maps.amax(-1).log()  # log-sum-exp, (B, h, N): the largest entry of a map is not 0
+        rows = counts.sum() * target.shape[0] * target.shape[2]
         loss = ((counts * total).sum() - torch.dot(target.float().flatten(), scores.flatten())) / rows
-        maps = scores.sub_(total).exp_()
-        mixed = maps.to(v.dtype) @ v
-        ctx.save_for_backward(q, k, v, target, maps, mixed, counts / rows)
+        mixed = (maps.to(v.dtype).flatten(0, 1) @ v).view(qkv.shape[1:])
+        ctx.scale = scale
+        ctx.save_for_backward(qkv, target, maps, mixed, (counts / rows).unsqueeze(-1))
         return mixed, loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, mixed_grad: Tensor, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, target, maps, mixed, shares = ctx.saved_tensors
+        qkv, target, maps, mixed, shares = ctx.saved_tensors
         each = loss_grad * shares  # (h, 1, 1)
         inner = (mixed_grad * mixed).sum(-1, keepdim=True, dtype=torch.float)  # (B, h, N, 1)
-        by_scores = (mixed_grad @ v.mT).float().sub_(inner - each).mul_(maps).addcmul_(target.float(), each, value=-1)
-        by_scores = by_scores.to(q.dtype)
-        return by_scores @ k, by_scores.mT @ q, maps.to(v.dtype).mT @ mixed_grad, None, None
+        mixed_grad = mixed_grad.flatten(0, 1).contiguous()
+        (q, k, v), grads = qkv.flatten(1, 2), torch.empty_like(qkv)
+        by_q, by_k, by_v = grads.flatten(1, 2)
+        by_scores = (mixed_grad @ v.mT).float().view(target.shape)
+        by_scores.sub_(inner - each).mul_(maps).addcmul_(target.float(), each, value=-1)
+        by_scores = by_scores.to(q.dtype).flatten(0, 1)
+        torch.baddbmm(by_q, by_scores, k, beta=0, alpha=ctx.scale, out=by_q)
+        torch.baddbmm(by_k, by_scores.mT, q, beta=0, alpha=ctx.scale, out=by_k)
+        torch.bmm(maps.to(v.dtype).flatten(0, 1).mT, mixed_grad, out=by_v)
+        return grads, None, None, None
 
 
 class AttentionTransfer(nn.Module):
@@ -227,17 +238,15 @@ class AttentionTransfer(nn.Module):
         given = self.teacher(x, masks) if wanted else {}
         tokens, loss = first_tokens(self.student, x), 0.0
         for i, block in enumerate(self.student.blocks):
-            normed = block.norm1(tokens)
-            if i not in given:
-                mixed = block.attn(normed)
-            elif self.copies:
-                mixed = block.attn(normed, given[i])
-            else:
-                mixed, term = self._matched(block.attn, normed, given[i])
-                loss = loss + term
             first, second = (None, None) if masks is None else masks[i]
-            tokens = add_branch(tokens, block.ls1(mixed), first)
-            tokens = add_mlp(tokens, block, second)
+            if i in given and not self.copies:
+                own, term = self._matched(block.attn, block.norm1(tokens), given[i])
+                loss = loss + term
+                tokens = add_branch(tokens, first, partial(project, block), own)
+            else:
+                copied = [given[i]] if i in given else []
+                tokens = add_branch(tokens, first, partial(mix, block), *copied)
+            tokens = add_branch(tokens, second, partial(feed_forward, block))
         return tokens, loss
 
     def draw_masks(self, batch: int) -> Tensor:
@@ -250,7 +259,7 @@ class AttentionTransfer(nn.Module):
         return torch.floor(keep + torch.rand(depth, 2, batch, 1, 1)) / keep
 
     def _matched(self, attn: nn.Module, normed: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix tokens as `attn` does; return them and how far its attention is from the target."""
+        """Mix tokens as `attn` does; return what `project` takes, and how far its attention is from the target."""
         give = self.teacher
         whole = len(give.heads) == give.num_heads
         if type(attn) is not MHA:
@@ -258,16 +267,16 @@ class AttentionTransfer(nn.Module):
             maps, target = on_key_set(maps if whole else maps[:, give.heads], target)
             mixed, loss = attn(normed), cross_entropy(maps, target)
         else:
-            q, k, v = attn.query_key_value(normed)
             if self.tensor != "map":
+                q, k, v = attn.query_key_value(normed)
                 own = {"q": q, "k": k, "v": v}[self.tensor]
                 own = own if whole else own[:, give.heads]
-                return attn.project_heads(attn.attend(q, k, v)), F.mse_loss(own, target.to(own.dtype))
-            counts = target.new_ones(give.num_heads, 1, 1)
+                return attn.attend(q, k, v), F.mse_loss(own, target.to(own.dtype))
+            counts = target.new_ones(give.num_heads, 1)
             if not whole:
                 counts = torch.zeros_like(counts).index_fill_(0, counts.new_tensor(give.heads, dtype=torch.long), 1)
                 every = target.new_zeros(*normed.shape[:1], give.num_heads, *target.shape[2:])
                 every[:, give.heads] = target
-            mixed, loss = MatchedAttention.apply(q * attn.head_dim**-0.5, k, v, target if whole else every, counts)
-            mixed = attn.project_heads(mixed)
+            qkv, scale = attn.stacked(normed), attn.head_dim**-0.5
+            mixed, loss = MatchedAttention.apply(qkv, scale, target if whole else every, counts)
         return mixed, loss - entropy(target) if self.excess else loss

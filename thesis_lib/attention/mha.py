@@ -43,6 +43,13 @@ class MHA(Mixer):
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
 
+    def stacked(self, x: Tensor) -> Tensor:
+        """Project tokens to what `query_key_value` gives, (3, B, h, N, d_h) in one piece of memory."""
+        if isinstance(self.qkv, nn.Linear) and isinstance(self.q_norm, nn.Identity):
+            qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))
+            return qkv.permute(2, 0, 3, 1, 4).contiguous()  # no unbinding, whose backward would copy once more
+        return torch.stack(self.query_key_value(x))
+
     def mix_heads(self, x: Tensor) -> Tensor:
         """Attention output of every head, (B, h, N, d_h)."""
         if self.implementation == "per-head":
