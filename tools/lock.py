@@ -1,7 +1,9 @@
 """Print requirements.lock: what thesis_lib needs with the extras that tests use, pinned to what this environment has.
 
-python -m pip install -U -e '.[test,peers,diffusion,export]'
+python -m pip install -U -e '.[test,peers,diffusion,export]' 'jsonschema<4.25'
 ./run_tests.sh && python tools/lock.py > requirements.lock
+
+(Reading a notebook imports jsonschema, which from 4.25 on builds a parser of URIs at its import: 2 seconds a notebook.)
 """
 
 import importlib.metadata
