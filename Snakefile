@@ -38,10 +38,10 @@ READS = {
 }
 # These write a table of single triplets beside their rows.
 TRIPLETS = ("02_attention_evaluation", "04_distillation", "10_proposed_model")
-NO_MODEL = ("01_data_preparation", "09_thesis_figures")
 # Others wait for 02 and 04; of the rest the longest start first, so that no core is left with a long one at the end.
 PRIORITY = {"05_attention_transfer": 4, "06_adaptive_tokens": 3, "04_distillation": 2, "02_attention_evaluation": 1}
 ALONE = ("03_efficiency_analysis", "10_proposed_model")  # these time things
+LOCAL_CORES = workflow.resource_settings.cores  # None on a cluster, where profiles/slurm makes them exclusive
 
 
 def variants(notebook):
@@ -65,6 +65,10 @@ def reads(notebook, wildcards):
         names.append("02_attention_evaluation-mha")  # MHA, tuned, is the teacher: other mixers are tried with its adapter
     whole = {name: results(name.partition("-")[0]) for name in names}
     return [path for name, paths in whole.items() for path in paths if "-" not in name or f"/{name}." in path]
+
+
+def on_gpu(notebook):
+    return (CONTENT.get(notebook) or {}).get("device", "cpu") != "cpu"
 
 
 def arguments(notebook, wildcards):
@@ -97,13 +101,13 @@ for notebook, path in NOTEBOOKS.items():
             # Not in the command, which reads the profile itself: a run whose section changed is stale.
             section=repr(CONTENT.get(notebook)),
             results=" ".join(f"--results {name}" for name in names),
-            gpu="" if notebook in NO_MODEL else "--gpu",
+            gpu="--gpu" if on_gpu(notebook) else "",
         priority: PRIORITY.get(notebook, 0)
-        threads: workflow.cores or JOBS["threads"] if notebook in ALONE else JOBS["threads"]
+        threads: LOCAL_CORES or JOBS["threads"] if notebook in ALONE else JOBS["threads"]
         resources:
             mem_mb=JOBS["mem_mb"],
             runtime=JOBS["runtime"],
-            gpu=0 if notebook in NO_MODEL else 1,
+            gpu=int(on_gpu(notebook)),
         shell:
             f"{shlex.quote(sys.executable)} -m thesis_lib.execute {{input.notebook:q}} "
             f"--profile {shlex.quote(PROFILE)} {{params.arguments}} {{params.results}} {{params.gpu}}"

@@ -127,6 +127,17 @@ def test_the_users_options_come_before_our_defaults(monkeypatch):
     assert "--cores" not in cluster and "--resources" not in cluster
 
 
+@pytest.mark.parametrize(("device", "gpus"), [("cuda", 1), ("cpu", 0)])
+def test_a_cluster_is_asked_for_a_gpu_only_where_the_profile_computes_on_one(house, device, gpus):
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    shutil.copytree(paths.ROOT / "profiles" / "slurm", house / "profiles" / "slurm")
+    (house / "profiles" / "demo.yaml").write_text(f"variants: {{}}\n02_attention_evaluation: {{device: {device}}}\n")
+    call = [sys.executable, "-m", "thesis_lib.pipeline", "--workflow-profile", "profiles/slurm", "-np"]
+    told = subprocess.run(call, cwd=house, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(house)})
+    assert told.returncode == 0, told.stdout + told.stderr  # also: no rule asks how many cores this machine has
+    assert f"gpu={gpus}" in told.stdout and ("--gpu" in told.stdout) == bool(gpus)
+
+
 def test_the_headline_has_every_mixer_and_stage_with_its_interval():
     row = {"metric": "2afc", "split": "test", "n": 9, "low": 0.1, "high": 0.9}
     scores = [("pool", "distilled", 0.8), ("pool", "zero-shot", 0.5), ("mha", "zero-shot", 0.9)]

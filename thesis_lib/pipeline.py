@@ -22,6 +22,8 @@ from thesis_lib import gpu, paths, profiles
 # With these snakemake only tells, and runs nothing.
 TELLS = {
     "-n",
+    "-np",
+    "-pn",
     "--dry-run",
     "--dryrun",
     "--dag",
@@ -42,9 +44,11 @@ def command(profile: str, options: list[str]) -> list[str]:
     call = [sys.executable, "-m", "snakemake", "--snakefile", str(paths.ROOT / "Snakefile"), *options]
     # The Snakefile says what makes a result stale. Locking is done here, see run().
     call += ["--rerun-triggers", "mtime", "input", "params", "--rerun-incomplete", "--nolock"]
+    cluster = {"--executor", "-e", "--workflow-profile"} & given
     if not {"--quiet", "-q", "--verbose"} & given:
-        call += ["--quiet", "host", "reason", *([] if TELLS & given else ["rules"])]
-    if not {"--executor", "-e", "--workflow-profile"} & given:
+        # Where "rules" is quiet, so is what a cluster says to a job that it refuses.
+        call += ["--quiet", "host", "reason", *([] if cluster or TELLS & given else ["rules"])]
+    if not cluster:
         if not {"--cores", "-c", "--jobs", "-j"} & given:
             call += ["--cores", "all"]
         if not {"--resources", "--res"} & given:

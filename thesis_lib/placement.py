@@ -29,11 +29,12 @@ def label_points(
     """Write each (text, x, y, colour) beside its point, where it covers no other text, point, span or frame.
 
     `spans` are (x, low, high) of error bars. Draw everything else first: the layout decides where data lies on paper.
+    A thin line leads to a point that has no room beside it.
     """
     figure, points = ax.figure, sorted(points, key=lambda point: -point[2])
     figure.draw_without_rendering()
     renderer, half = figure.canvas.get_renderer(), 0.05 * figure.dpi
-    taken = []
+    taken = [text.get_window_extent(renderer) for text in ax.texts]
     for x, low, high in [*spans, *((x, y, y) for _, x, y, _ in points)]:
         (left, bottom), (right, top) = ax.transData.transform([(x, low), (x, high)])
         taken.append(Bbox.from_extents(left - half, bottom - half, right + half, top + half))
@@ -43,17 +44,20 @@ def label_points(
             name, (x, y), (0, 0), textcoords="offset points", color=tint, fontsize=8, va="center", bbox=PAPER
         )
         tried = []
-        for radius, (dx, dy) in product((7, 11, 16, 22), COMPASS):
+        for radius, (dx, dy) in product((7, 11, 16, 22, 30, 40), COMPASS):
             side = ("center", "left", "right")[int(np.sign(dx))]
             text.set(position=(radius * dx, radius * dy), horizontalalignment=side)
             box = text.get_window_extent(renderer).padded(0.01 * figure.dpi)
             covered = box.width * box.height - _shared(box, frame) + sum(_shared(box, other) for other in taken)
-            tried.append((covered, text.get_position(), side, box))
+            tried.append((covered, radius, text.get_position(), side, box))
             if covered == 0:
                 break
-        _, position, side, box = min(tried, key=lambda place: place[0])
+        _, radius, position, side, box = min(tried, key=lambda place: place[0])
         text.set(position=position, horizontalalignment=side)
         taken.append(box)
+        if radius > 11:
+            line = {"arrowstyle": "-", "color": tint, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+            ax.annotate("", (x, y), position, textcoords="offset points", arrowprops=line)
 
 
 def _shared(a: Bbox, b: Bbox) -> float:

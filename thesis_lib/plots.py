@@ -107,7 +107,7 @@ def accuracy_against_cost(
     if cost == "latency" and x.max() > 8 * x.min():
         ax.set_xscale("log")
     ax.axhline(50, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    ax.text(0.01, 49.4, "chance", transform=ax.get_yaxis_transform(), va="top", fontsize=7, color=QUIET)
+    ax.text(0.99, 49.4, "chance", transform=ax.get_yaxis_transform(), va="top", ha="right", fontsize=7, color=QUIET)
     ax.set_xlabel(unit)
     ax.set_ylabel("2AFC (%)")
     ax.margins(x=0.16, y=0.08)

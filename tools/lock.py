@@ -1,6 +1,6 @@
 """Print requirements.lock: what thesis_lib needs with the extras that tests use, pinned to what this environment has.
 
-python -m pip install -U -e '.[test,peers,diffusion,export]' 'jsonschema<4.25'
+python -m pip install -U -e '.[test,peers,diffusion,export,slurm]' 'jsonschema<4.25'
 ./run_tests.sh && python tools/lock.py > requirements.lock
 
 (Reading a notebook imports jsonschema, which from 4.25 on builds a parser of URIs at its import: 2 seconds a notebook.)
@@ -38,7 +38,7 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 
 if __name__ == "__main__":
     print("# Exact pins of the environment that the tests ran in. Made by tools/lock.py.")
-    packages = closure("thesis_lib", frozenset({"", "test", "peers", "diffusion", "export"}))
+    packages = closure("thesis_lib", frozenset({"", "test", "peers", "diffusion", "export", "slurm"}))
     for name in sorted(packages.keys() - {"thesis-lib"}):
         version = packages[name].version.split("+")[0]
         print(f"{name}=={version}" + ('; sys_platform == "linux"' if LINUX_ONLY.match(name) else ""))

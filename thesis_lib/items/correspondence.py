@@ -148,6 +148,7 @@ def factors_table(rows: pd.DataFrame, models: list[str]) -> Table:
     wide = part.pivot_table(index=["group", "level"], columns="model", values="value", sort=False)[models]
     counts = part[part["model"] == models[0]].set_index(["group", "level"])[["n", "points"]].loc[wide.index]
     frame = wide.mul(100).round(1).reset_index()
+    models = [_short(model) for model in models]
     frame.columns = ["Factor", "Level", *models]
     frame.insert(2, "Pairs", counts["n"].astype(int).to_numpy())
     frame.insert(3, "Points", counts["points"].astype(int).to_numpy())
@@ -201,8 +202,9 @@ def knowledge_figure(rows: pd.DataFrame) -> Figure:
 
 
 def _short(model: str) -> str:
-    mixer, _, stage = model.partition(", ")
-    return f"{label(mixer)}{'' if stage == 'zero-shot' else f' {stage}'}" if stage else model
+    """Name a model as figures and narrow tables do: "mha, zero-shot" is MHA, "sra, lora" is SRA LoRA."""
+    mixer, _, stage = model.replace("lora", "LoRA").partition(", ")
+    return f"{label(mixer)}{'' if stage == 'zero-shot' else f' {stage}'}" if stage else mixer
 
 
 def distances_figure(points: pd.DataFrame, models: list[str]) -> Figure:
@@ -242,6 +244,7 @@ def make(profile: str) -> tuple[dict[str, Table], dict[str, Figure], dict[str, s
     main = scores(rows)
     measured = [m for m in main.index if pd.notna(main.loc[m, "value"])]
     few = list(dict.fromkeys(pictures["model"]))
+    pictures, named = (frame.assign(model=frame["model"].map(_short)) for frame in (pictures, points))
     tables = {
         "correspondence_systems": systems_table(rows),
         "correspondence_mixers": mixers_table(rows),
@@ -256,7 +259,9 @@ def make(profile: str) -> tuple[dict[str, Table], dict[str, Figure], dict[str, s
         "correspondence_distances": distances_figure(points, measured),
         "correspondence_matches": matches(pictures),
         "correspondence_features": features(pictures),
-        "correspondence_failures": failures(points, few, ALPHA),
+        "correspondence_failures": failures(
+            points.assign(model=points["model"].map(_short)), [_short(m) for m in few], ALPHA
+        ),
     }
     if {"moved", "layout"} <= set(rows["split"]):
         figures["correspondence_knowledge"] = knowledge_figure(rows)
