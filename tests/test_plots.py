@@ -1,3 +1,4 @@
+import itertools
 import json
 import runpy
 import shutil
@@ -9,9 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.transforms import Bbox
 
 from thesis_lib import paths, plots, results, summary
-from thesis_lib.placement import apart
+from thesis_lib.placement import apart, label_points
 
 fakes = runpy.run_path(str(Path(__file__).with_name("fakes.py")))
 
@@ -154,3 +156,24 @@ def test_notebook_makes_every_item_and_latex_prints_it(tmp_path, monkeypatch, tr
     log = subprocess.run(command, cwd=tmp_path / "figures", capture_output=True, text=True, errors="replace")
     assert log.returncode == 0, log.stdout[-2000:]
     assert "Overfull" not in log.stdout and "undefined" not in log.stdout, log.stdout
+
+
+def test_labels_in_a_crowd_cover_neither_one_another_nor_the_error_bars():
+    plt.close("all")
+    figure, ax = plt.subplots(figsize=(2.2, 2.2))
+    crowd = [("Nyströmformer", 4.0, 90), ("SRA", 1.0, 89), ("MoH", 2.0, 86), ("Agent", 2.3, 85), ("Performer", 3.1, 84)]
+    spans = [(x, y - 3, y + 3) for _, x, y in crowd]
+    ax.vlines(*zip(*spans, strict=True))
+    ax.set(xlim=(0, 5), ylim=(40, 100))
+    ax.text(0.5, 92, "before")
+    label_points(ax, [(*point, "black") for point in crowd], spans=spans)
+    renderer = figure.canvas.get_renderer()
+    boxes = {text.get_text(): text.get_window_extent(renderer) for text in ax.texts if text.get_text()}
+    assert boxes.keys() == {"before", *(name for name, *_ in crowd)}
+    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
+        assert not a.overlaps(b), f"{one} and {other}"
+    for name, *_ in crowd:
+        for x, low, high in spans:
+            assert not boxes[name].overlaps(Bbox(ax.transData.transform([(x, low), (x, high)]))), name
+    lines = [text for text in ax.texts if getattr(text, "arrow_patch", None)]
+    assert 0 < len(lines) < len(crowd)  # only who found no room beside the point

@@ -21,6 +21,15 @@ def test_equals_timm(implementation, layer, attention, tokens):
         assert mixer.state_dict().keys() == source.state_dict().keys()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layer", [{}, {"qk_norm": True}], ids=str)
+def test_stacked_projections_are_the_three_in_one_piece_of_memory(implementation, layer, attention, tokens):
+    mixer = MHA.from_attention(attention(**layer), (8, 8), 1, implementation=implementation)
+    with torch.no_grad():
+        stacked = mixer.stacked(tokens())
+        assert torch.equal(stacked, torch.stack(mixer.query_key_value(tokens()))) and stacked.is_contiguous()
+
+
 def test_separate_projections_are_the_rows_of_the_merged_one(attention, tokens):
     layer, x = attention(64, 4), tokens(dim=64)
     build = {kind: MHA.from_attention(layer, (8, 8), 1, implementation=kind) for kind in IMPLEMENTATIONS}
