@@ -136,7 +136,7 @@ def peak_memory(model: Callable[[Tensor], object], x: Tensor) -> tuple[dict, str
             before = torch.cuda.memory_allocated(x.device)
             model(x)
             held = torch.cuda.max_memory_allocated(x.device) - before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
             model(x)
     events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     if not x.is_cuda:
@@ -156,7 +156,7 @@ def time_split(model: Callable[[Tensor], object], x: Tensor, *, passes: int = 3)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * x.is_cuda
     with torch.inference_mode():
         model(x)
-        with profile(activities=activities) as record:
+        with profile(activities=activities, acc_events=True) as record:
             for _ in range(passes):
                 model(x)
             if x.is_cuda:

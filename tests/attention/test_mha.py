@@ -51,7 +51,7 @@ def test_the_controls_cost_the_same_and_launch_more(attention, tokens):
             mixer(x)
         assert counter.get_total_flops() == 2 * len(x) * MHA.cost(65, 24, 3, implementation=kind).macs
         assert sum(parameter.numel() for parameter in mixer.parameters()) == MHA.cost(65, 24, 3).params
-        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as record:
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as record:
             mixer(x)
         calls[kind] = sum(event.count for event in record.key_averages() if event.key == "aten::linear")
     assert calls == {"fused": 2, "naive": 2, "separate": 4, "per-head": 10}
