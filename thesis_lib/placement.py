@@ -29,7 +29,7 @@ def label_points(
     """Write each (text, x, y, colour) beside its point, where it covers no other text, point, span or frame.
 
     `spans` are (x, low, high) of error bars. Draw everything else first: the layout decides where data lies on paper.
-    A thin line leads to a point that has no room beside it.
+    A thin line leads to a point that has no room beside it, past the others where that can be.
     """
     figure, points = ax.figure, sorted(points, key=lambda point: -point[2])
     figure.draw_without_rendering()
@@ -43,21 +43,26 @@ def label_points(
         text = ax.annotate(
             name, (x, y), (0, 0), textcoords="offset points", color=tint, fontsize=8, va="center", bbox=PAPER
         )
-        tried = []
+        tried, place = [], ax.transData.transform((x, y))
+        others = [box for box in taken if not box.contains(*place)]
         for radius, (dx, dy) in product((7, 11, 16, 22, 30, 40), COMPASS):
             side = ("center", "left", "right")[int(np.sign(dx))]
             text.set(position=(radius * dx, radius * dy), horizontalalignment=side)
             box = text.get_window_extent(renderer).padded(0.01 * figure.dpi)
             covered = box.width * box.height - _shared(box, frame) + sum(_shared(box, other) for other in taken)
-            tried.append((covered, radius, text.get_position(), side, box))
+            way = place + np.linspace(0, radius * figure.dpi / 72, 20)[:, None] * np.array([dx, dy])
+            if radius > 11:
+                covered += box.width * box.height * any(other.contains(*at) for other in others for at in way)
+            tried.append((covered, radius, text.get_position(), side, box, way))
             if covered == 0:
                 break
-        _, radius, position, side, box = min(tried, key=lambda place: place[0])
+        _, radius, position, side, box, way = min(tried, key=lambda found: found[0])
         text.set(position=position, horizontalalignment=side)
         taken.append(box)
         if radius > 11:
             line = {"arrowstyle": "-", "color": tint, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
             ax.annotate("", (x, y), position, textcoords="offset points", arrowprops=line)
+            taken += [Bbox.from_extents(*(at - 1), *(at + 1)) for at in way]
 
 
 def _shared(a: Bbox, b: Bbox) -> float:
