@@ -34,35 +34,37 @@ def label_points(
     figure, points = ax.figure, sorted(points, key=lambda point: -point[2])
     figure.draw_without_rendering()
     renderer, half = figure.canvas.get_renderer(), 0.05 * figure.dpi
-    taken = [text.get_window_extent(renderer) for text in ax.texts]
+    texts, data = [text.get_window_extent(renderer) for text in ax.texts], []
     for x, low, high in [*spans, *((x, y, y) for _, x, y, _ in points)]:
         (left, bottom), (right, top) = ax.transData.transform([(x, low), (x, high)])
-        taken.append(Bbox.from_extents(left - half, bottom - half, right + half, top + half))
+        data.append(Bbox.from_extents(left - half, bottom - half, right + half, top + half))
     frame = ax.get_window_extent(renderer)
     for name, x, y, tint in points:
         text = ax.annotate(
             name, (x, y), (0, 0), textcoords="offset points", color=tint, fontsize=8, va="center", bbox=PAPER
         )
         tried, place = [], ax.transData.transform((x, y))
-        others = [box for box in taken if not box.contains(*place)]
+        others = [box for box in [*texts, *data] if not box.contains(*place)]
         for radius, (dx, dy) in product((7, 11, 16, 22, 30, 40), COMPASS):
             side = ("center", "left", "right")[int(np.sign(dx))]
             text.set(position=(radius * dx, radius * dy), horizontalalignment=side)
             box = text.get_window_extent(renderer).padded(0.01 * figure.dpi)
-            covered = box.width * box.height - _shared(box, frame) + sum(_shared(box, other) for other in taken)
+            area = box.width * box.height
+            # Text on text cannot be read; a corner of an error bar covered is no worse than a line across other data.
+            covered = area - _shared(box, frame) + sum(_shared(box, other) for other in [*data, *10 * texts])
             way = place + np.linspace(0, radius * figure.dpi / 72, 20)[:, None] * np.array([dx, dy])
-            if radius > 11:
-                covered += box.width * box.height * any(other.contains(*at) for other in others for at in way)
+            if radius > 11 and any(other.contains(*at) for other in others for at in way):
+                covered += area
             tried.append((covered, radius, text.get_position(), side, box, way))
             if covered == 0:
                 break
         _, radius, position, side, box, way = min(tried, key=lambda found: found[0])
         text.set(position=position, horizontalalignment=side)
-        taken.append(box)
+        texts.append(box)
         if radius > 11:
             line = {"arrowstyle": "-", "color": tint, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
             ax.annotate("", (x, y), position, textcoords="offset points", arrowprops=line)
-            taken += [Bbox.from_extents(*(at - 1), *(at + 1)) for at in way]
+            data += [Bbox.from_extents(*(at - 1), *(at + 1)) for at in way]
 
 
 def _shared(a: Bbox, b: Bbox) -> float:
