@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from thesis_lib import attention, backbone, perceptual, weights
 from thesis_lib.attention_students import create_student, export, load, load_encoder
-from thesis_lib.attention_teacher import Teacher, cross_entropy, entropy, on_key_set, transferred_layers
+from thesis_lib.attention_teacher import Teacher, add_branch, cross_entropy, entropy, on_key_set, transferred_layers
 from thesis_lib.attention_training import (
     Augment,
     accuracy_row,
@@ -672,3 +672,17 @@ def test_the_batch_file_starts_one_torchrun_a_node_and_requeues_itself(tmp_path)
     assert {"--nnodes=2", "--node-rank=1", "--nproc-per-node=4", "--master-addr=first"} <= set(arguments)
     expected = ["-m", "thesis_lib.execute", "05_attention_transfer", "--profile", "thesis", "-p", "seed", "3"]
     assert arguments[-8:] == expected and queued == "scontrol requeue 77"
+
+
+def test_a_branch_that_every_image_drops_adds_nothing_and_still_has_gradients():
+    layer, x = torch.nn.Linear(8, 8), torch.randn(3, 5, 8)
+    for factors in ([0.0, 0.0, 0.0], [2.0, 0.0, 2.0], [1.5, 1.5, 1.5]):
+        mask = torch.tensor(factors).view(3, 1, 1)
+        out = add_branch(x, mask, layer)
+        torch.testing.assert_close(out, x + layer(x) * mask)
+        layer.zero_grad()
+        out.sum().backward()
+        assert layer.weight.grad is not None and layer.weight.grad.any() == any(factors)
+    seen = []
+    add_branch(x, torch.tensor([2.0, 0.0, 2.0]).view(3, 1, 1), lambda kept: seen.append(len(kept)) or kept)
+    assert seen == [2]  # the image that drops the branch is not computed
