@@ -177,3 +177,14 @@ def test_labels_in_a_crowd_cover_neither_one_another_nor_the_error_bars():
             assert not boxes[name].overlaps(Bbox(ax.transData.transform([(x, low), (x, high)]))), name
     lines = [text for text in ax.texts if getattr(text, "arrow_patch", None)]
     assert 0 < len(lines) < len(crowd)  # only who found no room beside the point
+
+
+def test_no_labels_line_runs_across_other_data():
+    figure, ax = plt.subplots(figsize=(2.6, 2.6))
+    ax.set(xlim=(0, 10), ylim=(0, 10))
+    walls = [(4.0, 2.0, 9.5), (6.0, 2.0, 9.5)]  # the next free place is behind one of them
+    label_points(ax, [("a long name", 5.0, 5.0, "black")], spans=[*walls, (5.0, 5.5, 9.5)])
+    boxes = [Bbox(ax.transData.transform([(x, low), (x, high)])).padded(1) for x, low, high in walls]
+    for line in ax.texts[1:]:
+        start, way = ax.transData.transform(line.xy), np.array(line.xyann) * figure.dpi / 72
+        assert not any(box.contains(*(start + share * way)) for box in boxes for share in np.linspace(0, 1, 50))
