@@ -8,20 +8,18 @@ covers it, which makes the class token learn several times sooner. No triplet an
 
 import argparse
 import functools
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from thesis_lib import backbone as backbones
 from thesis_lib import paths, perceptual, results
 from thesis_lib.datasets import rendering, scenes, synthetic
 from thesis_lib.datasets.scenes import Stream
+from thesis_lib.processes import side_by_side
 from thesis_lib.training import Batches, fit
 
 POOL_KEY = 11  # the seed's first word: keeps these scenes apart from every data set's
@@ -72,12 +70,10 @@ def make_pool(folder: Path, count: int, size: int, *, workers: int | None = None
             np.lib.format.open_memmap(parts[n], "w+", dtype, shape)
             for n, (shape, dtype) in zip(names, shapes, strict=True)
         ]
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for (rows, _), chunk in zip(
-                chunks, tqdm(pool.map(_pool_chunk, chunks), total=len(chunks), desc="pool"), strict=True
-            ):
-                for array, values in zip(arrays, chunk, strict=True):
-                    array[rows.start : rows.stop] = values
+        rendered = side_by_side(_pool_chunk, chunks, workers=workers, total=len(chunks), label="pool")
+        for (rows, _), chunk in zip(chunks, rendered, strict=True):
+            for array, values in zip(arrays, chunk, strict=True):
+                array[rows.start : rows.stop] = values
         for array in arrays:
             array.flush()
         for name in names:

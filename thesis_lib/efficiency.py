@@ -7,9 +7,7 @@ The instruments are timing.py's; efficiency_grid.py drives a grid of configurati
 import argparse
 import functools
 import json
-import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -19,6 +17,7 @@ from timm.models import VisionTransformer
 
 from thesis_lib import attention, backbone, class_token, cost_model
 from thesis_lib.closed_form import activated_macs, count_macs, model_cost
+from thesis_lib.processes import apart
 from thesis_lib.timing import (
     BACKENDS,
     UNITS,
@@ -176,22 +175,8 @@ def _train(model: VisionTransformer, batch: int, kind: torch.dtype, device: str,
     return [{"batch": batch} | found for found in training_rows(model.to(device, kind), x, **timing)]
 
 
-def apart(function: Callable, *args: Any, **settings: Any) -> Any:
-    """Call a function of a module in a process of its own, which inherits no caches, arenas or threads.
-
-    The processes are forked from a server that has imported torch and done nothing else: a start costs milliseconds.
-    Raises BrokenProcessPool where the process dies.
-    """
-    forks = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args, **settings).result()
-
-
 def measure_apart(name: str, mixer: str, image_size: int | None = None, **settings) -> list[dict]:
-    """Run `measure` in a process of its own (see `apart`).
+    """Run `measure` in a process of its own (see `processes.apart`).
 
     A process that dies (the kernel's out-of-memory killer, say) leaves rows with a note.
     """

@@ -7,12 +7,10 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +18,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tqdm.auto import tqdm
 
 from thesis_lib.datasets import rendering, scenes
 from thesis_lib.datasets.scenes import Scene, Stream
+from thesis_lib.processes import side_by_side
 
 NIGHTS_SPLITS = ("train", "val", "test")
 TEMPERATURE = 0.4  # of a voter: how small a difference in dissimilarity is a coin's toss
@@ -76,12 +74,6 @@ def _encode(scene: Scene, view: int, size: int, image_format: str) -> bytes:
     options = {"compress_level": 1} if image_format == "PNG" else {"quality": 95}
     Image.fromarray(rendering.render(scene, view, size)).save(buffer, image_format, **options)
     return buffer.getvalue()
-
-
-def in_parallel(work: Callable, items: Iterable, *, total: int, workers: int | None, label: str) -> list:
-    """Map a picklable function over items in `workers` processes (None: one a core), with a bar; keeps the order."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:  # a fork would copy torch's threads
-        return list(tqdm(pool.map(work, items, chunksize=16), total=total, desc=label))
 
 
 def once(root: Path, recipe: Mapping, write: Callable[[Path], None]) -> Path:
@@ -146,7 +138,8 @@ def write_nights(
         for kind, high in product(("ref", "distort"), range(-(-len(rows) // 1000))):
             (folder / kind / f"{high:03d}").mkdir(parents=True)
         work = partial(_write_triplet, folder=folder, seed=seed, size=size)
-        table = pd.DataFrame(in_parallel(work, rows, total=len(rows), workers=workers, label="triplets"))
+        shown = {"total": len(rows), "label": "triplets"}
+        table = pd.DataFrame(side_by_side(work, rows, workers=workers, chunksize=16, **shown))
         table.to_csv(folder / "data.csv", index=False)
 
     recipe = {"format": "NIGHTS", "counts": dict(counts), "seed": seed, "size": size, "world": scenes.VERSION}
@@ -194,9 +187,8 @@ def write_imagenet100(
         )
         for split, (name, count) in enumerate(counts.items()):
             items = [(split, index) for index in range(count)]
-            rows = in_parallel(
-                partial(_draw_object, seed=seed, size=size), items, total=count, workers=workers, label=name
-            )
+            work = partial(_draw_object, seed=seed, size=size)
+            rows = list(side_by_side(work, items, workers=workers, chunksize=16, total=count, label=name))
             shards = np.array_split(np.arange(count), -(-count // shard_rows))
             for i, shard in enumerate(shards):
                 table = pa.Table.from_pylist([rows[j] for j in shard], schema)
@@ -219,7 +211,7 @@ def write_scenes(root: Path, images: int, *, seed: int = 0, size: int = SIZE, wo
         for high in range(-(-images // 1000)):
             (folder / f"{high:03d}").mkdir()
         work = partial(_write_scene, folder=folder, seed=seed, size=size)
-        in_parallel(work, range(images), total=images, workers=workers, label="scenes")
+        list(side_by_side(work, range(images), workers=workers, chunksize=16, total=images, label="scenes"))
 
     recipe = {"format": "image folder", "images": images, "seed": seed, "size": size, "world": scenes.VERSION}
     return once(Path(root), recipe, write)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from thesis_lib.datasets import rendering, scenes, synthetic
 from thesis_lib.datasets.scenes import KINDS, Scene, Stream, Thing
+from thesis_lib.processes import side_by_side
 
 FRAME = 160  # pixels a scene is rendered at, before it is cropped
 CROPS = ((112, 84), (84, 112), (104, 104), (128, 96))  # widths and heights
@@ -276,7 +277,7 @@ def write_spair(
     def write(folder: Path) -> None:
         items = [(names.index(name), kind) for name in pairs for kind in range(len(KINDS))]
         work = partial(_category, folder=folder, seed=seed, images=images, pairs=dict(pairs))
-        written = synthetic.in_parallel(work, items, total=len(items), workers=workers, label="pairs")
+        written = list(side_by_side(work, items, workers=workers, total=len(items), label="pairs"))
         (folder / "Layout" / "large").mkdir(parents=True)
         for name, count in pairs.items():
             listed = [pair for split, part in written if split == name for pair in part]

@@ -11,6 +11,7 @@ from PIL import Image
 from thesis_lib.datasets import scenes, synthetic
 from thesis_lib.datasets.scenes import KINDS, Stream
 from thesis_lib.datasets.synthetic_correspondence import FRAME, KEYPOINTS, Picture, draw, draw_picture, photograph
+from thesis_lib.processes import side_by_side
 
 WHOLE = (0, 0, FRAME, FRAME)
 
@@ -43,7 +44,7 @@ def write_willow(root: str | Path, pairs: int, *, images: int = 10, seed: int = 
     def write(folder: Path) -> None:
         items = [(kind, index) for kind in range(len(KINDS)) for index in range(images)]
         work = partial(_willow_image, folder=folder, seed=seed)
-        found = synthetic.in_parallel(work, items, total=len(items), workers=workers, label="images")
+        found = list(side_by_side(work, items, workers=workers, chunksize=4, total=len(items), label="images"))
         kinds = [found[i : i + images] for i in range(0, len(found), images)]
         couples = [couple for kind in kinds for couple in combinations(kind, 2)]
         order = np.argsort(Stream(seed, 211).uniforms(len(couples)), kind="stable")[:pairs]
@@ -80,7 +81,7 @@ def write_cub(root: str | Path, *, images: int = 12, seed: int = 0, workers: int
     def write(folder: Path) -> None:
         items = [(kind, index) for kind in range(len(KINDS)) for index in range(images)]
         work = partial(_cub_image, folder=folder, seed=seed)
-        pictures = synthetic.in_parallel(work, items, total=len(items), workers=workers, label="images")
+        pictures = list(side_by_side(work, items, workers=workers, chunksize=4, total=len(items), label="images"))
         lines = {name: [] for name in ("images", "image_class_labels", "train_test_split", "bounding_boxes")}
         parts = []
         for number, ((kind, index), picture) in enumerate(zip(items, pictures, strict=True), 1):

@@ -1,0 +1,58 @@
+"""Work in other processes: measurements each in a fresh one, rendering and small trainings side by side.
+
+They are forked from a server that has imported what we have of this package and done nothing else, so a start costs
+milliseconds; where there is no such server (Windows), each imports by itself. No caches, arenas or threads are shared.
+"""
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def apart(function: Callable, *args: Any, **settings: Any) -> Any:
+    """Call a function of a module in a process of its own.
+
+    Raises BrokenProcessPool where the process dies.
+    """
+    with ProcessPoolExecutor(1, mp_context=_context()) as pool:
+        return pool.submit(function, *args, **settings).result()
+
+
+def side_by_side(
+    function: Callable,
+    items: Iterable,
+    *,
+    workers: int | None = None,
+    chunksize: int = 1,
+    label: str | None = None,
+    total: int | None = None,
+) -> Iterator:
+    """Yield a module's function of each item, in order, computed in `workers` processes (None: one a core).
+
+    label: of a progress bar. Interrupted, or after an error in one, the processes are stopped.
+    Raises what the function raises, and BrokenProcessPool where a process dies.
+    """
+    with ProcessPoolExecutor(workers, mp_context=_context()) as pool:
+        try:
+            results = pool.map(function, items, chunksize=chunksize)
+            yield from tqdm(results, total=total, desc=label, disable=label is None)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            running = multiprocessing.active_children()
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.join()
+            raise
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([name for name in sys.modules if name.partition(".")[0] == __package__])
+    return context
