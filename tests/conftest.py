@@ -6,6 +6,9 @@ import shutil
 import signal
 import tempfile
 
+import pytest
+import torch
+
 # Before thesis_lib.paths is imported for the first time.
 _folder = tempfile.mkdtemp(prefix="thesis_lib-tests-")
 atexit.register(shutil.rmtree, _folder, ignore_errors=True)
@@ -15,3 +18,12 @@ os.environ["MPLBACKEND"] = "agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("THESIS_RUN", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored, and so its children
+
+
+@pytest.fixture
+def two_threads():
+    """Let torch compute on two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from thesis_lib import backbone, distillation, perceptual
+from thesis_lib import backbone, distillation, perceptual, proposed
 from thesis_lib.datasets.nights import NIGHTS
 from thesis_lib.datasets.pixels import cache
 from thesis_lib.distillation import distil, trainable_parameters
@@ -25,6 +25,7 @@ from thesis_lib.embeddings import (
     training_rows,
     write_embeddings,
 )
+from thesis_lib.layer_plan import Plan
 from thesis_lib.training import two_afc
 
 FAST = {"device": "cpu", "progress": False}
@@ -304,6 +305,23 @@ def test_a_student_learns_its_teacher_and_the_best_2afc_is_kept(prepared):
     held = np.flatnonzero(prepared.table["split"] == "val")
     cosine = torch.cosine_similarity(embeddings[held], prepared.targets.values[held]).mean().item()
     assert cosine == pytest.approx(best["val_cosine"], abs=1e-6)
+
+
+def test_plans_distilled_side_by_side_are_those_distilled_one_by_one(prepared, two_threads):
+    plans, common = (
+        [Plan(("mha", "pool")), Plan(("identity", "mha"))],
+        (prepared.pixels, prepared.targets, prepared.val),
+    )
+    options = {"epochs": 1, "batch_size": 8, "device": "cpu"}
+    together = proposed.distil_plans(metric(), plans, *common, **options)
+    torch.set_num_threads(1)
+    for plan, found in zip(plans, together, strict=True):
+        student = proposed.planned(metric(), plan)
+        distil(student, *common, trainable="all", progress=False, **options)
+        assert not found.training and not any(p.requires_grad for p in found.parameters())
+        assert torch.equal(found.embed(torch.ones(2, 3, 24, 24)), student.eval().embed(torch.ones(2, 3, 24, 24)))
+        weights = found.state_dict()
+        assert all(torch.equal(weights[name], value) for name, value in student.state_dict().items())
 
 
 def test_interrupted_distillation_goes_on_to_the_same_weights(prepared, tmp_path, monkeypatch):

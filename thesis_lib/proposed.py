@@ -19,10 +19,13 @@ from tqdm.auto import tqdm
 from thesis_lib import backbone, class_token, perceptual
 from thesis_lib.adaptive_speed import interleaved, passes
 from thesis_lib.comparators import Branch, DreamSim
+from thesis_lib.distillation import distil
 from thesis_lib.efficiency import median_row
+from thesis_lib.embeddings import Embeddings
 from thesis_lib.layer_plan import DROP, KEEP, Plan, apply_plan
 from thesis_lib.perceptual import DTYPES, Metric
 from thesis_lib.statistics import paired_difference
+from thesis_lib.trainer import train_each
 
 HALVE = "halve"  # the action that is no layer's own: from this block on the patches' grid is halved
 Predicted = tuple[float, float, Plan]  # seconds, loss, plan
@@ -55,6 +58,24 @@ def planned(metric: Metric, plan: Plan) -> Metric:
     """Return a copy of a metric whose backbone follows the plan, in eval mode."""
     vit = apply_plan(copy.deepcopy(metric.backbone), **plan.described())
     return Metric(vit, metric.feature, metric.normalize).eval()
+
+
+def distil_plans(
+    teacher: Metric, plans: Sequence[Plan], pixels: Any, targets: Embeddings, val: Any, *, device: str, **options: Any
+) -> list[Metric]:
+    """Distil a student of each plan, from the teacher's weights; on a CPU side by side (`trainer.train_each`).
+
+    options: those of `distillation.distil`; every parameter is trained. The students are in eval mode and need no
+    gradients.
+    """
+    common = (pixels, targets, val, options | {"trainable": "all", "device": device, "progress": False})
+    return train_each(_distilled, [(planned(teacher, plan), *common) for plan in plans], device=device)
+
+
+def _distilled(run: tuple[Metric, Any, Embeddings, Any, dict]) -> Metric:
+    student, pixels, targets, val, options = run
+    distil(student, pixels, targets, val, **options)
+    return student.eval().requires_grad_(False)
 
 
 def judged(metric: nn.Module, dataset: Any, pixels: Any, **options: Any) -> tuple[Tensor, np.ndarray]:

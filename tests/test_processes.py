@@ -1,0 +1,67 @@
+import multiprocessing
+import os
+import time
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+import torch
+
+from thesis_lib.attention_study import Study
+from thesis_lib.processes import apart, side_by_side
+
+
+def fail_or_sleep(seconds: float) -> float:
+    if not seconds:
+        raise ValueError("a run failed")
+    time.sleep(seconds)
+    return seconds
+
+
+def test_every_call_apart_has_a_process_of_its_own():
+    numbers = {apart(os.getpid) for _ in range(2)}
+    assert len(numbers) == 2 and os.getpid() not in numbers
+
+
+def test_a_process_that_dies_is_told():
+    with pytest.raises(BrokenProcessPool):
+        apart(os._exit, 1)
+
+
+def test_side_by_side_keeps_the_order():
+    assert list(side_by_side(fail_or_sleep, [0.4, 0.01, 0.2, 0.02], workers=2)) == [0.4, 0.01, 0.2, 0.02]
+
+
+def test_an_error_in_one_stops_the_others():
+    with pytest.raises(ValueError, match="a run failed"):
+        list(side_by_side(fail_or_sleep, [0.0, 600.0], workers=2))  # unstopped, the second outlasts the suite's limit
+    assert not multiprocessing.active_children()
+
+
+def study(folder) -> Study:
+    generator = torch.Generator().manual_seed(0)
+    sets = {"train": 16, "validation": 8, "test": 8}
+    data = {
+        name: (
+            torch.randint(256, (n, 3, 16, 16), dtype=torch.uint8, generator=generator),
+            torch.arange(n).remainder(3).numpy(),
+        )
+        for name, n in sets.items()
+    }
+    return Study("demo", True, 16, data, 3, 8, folder, {"device": "cpu", "seed": 1})
+
+
+def test_runs_side_by_side_are_the_runs_one_by_one(tmp_path, two_threads, capfd):
+    recipe = {"epochs": 1, "blr": 1e-2, "warmup_epochs": 0.5}
+    runs = {"copy": {"recipe": recipe | {"mode": "copy"}}, "sra": {"recipe": recipe, "mixer": "sra", "ratio": 2}}
+    together = study(tmp_path / "together").run_all(runs)
+    assert "training" not in capfd.readouterr().err  # no bars of several processes in one place
+    torch.set_num_threads(1)
+    single = study(tmp_path / "single").run_all(runs)
+    assert list(together) == list(single) == list(runs)
+    for name in runs:
+        assert torch.equal(together[name].scores, single[name].scores)
+        assert [row["loss"] for row in together[name].log] == [row["loss"] for row in single[name].log]
+        weights, others = (found[name].model.state_dict() for found in (together, single))
+        assert all(torch.equal(weights[key], others[key]) for key in others)
+    again = study(tmp_path / "together").run_all(runs)  # from the checkpoints
+    assert all(torch.equal(again[name].scores, together[name].scores) for name in runs)
