@@ -9,9 +9,9 @@ The plain version is what the equations say read literally: the teacher runs thr
 layer's logits; a copying student still projects q and k; a distilled one takes softmax and log-softmax of the same
 logits; the optimiser holds the whole student and the average the whole pair. Ours is
 `thesis_lib.attention_transfer.AttentionTransfer`. A step is forward, backward, AdamW and the exponential average; both
-run on the same weights, images and drop-path masks, in one process, in turn. Medians over the rounds, after two that
-warm up, with the notebooks' settings of the allocator. The largest difference of any gradient is printed in units of
-the largest gradient.
+run on the same weights, images and drop-path masks, in one process, in turn. Medians over the rounds, of the times and
+of their ratio, after two that warm up, with the notebooks' settings of the allocator. The ratio of the multiply-adds of
+forward and backward stands beside. The largest difference of any gradient is in units of the largest gradient.
 """
 
 import argparse
@@ -26,11 +26,13 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from thesis_lib import backbone
 from thesis_lib.attention_students import create_student
 from thesis_lib.attention_transfer import AttentionTransfer
 from thesis_lib.execute import KEEP_MEMORY
+from thesis_lib.timing import pinned
 
 
 class PlainPair(nn.Module):
@@ -90,13 +92,23 @@ def gradients(plain: PlainPair, ours: AttentionTransfer) -> list[tuple[str, Tens
     return pairs
 
 
+def objective(model: nn.Module, x: Tensor, masks: Tensor | None, labels: Tensor) -> Tensor:
+    """Return what a step minimises; ours draws its masks itself."""
+    if isinstance(model, PlainPair):
+        logits, loss = model(x, None if masks is None else masks.to(x.device))
+    else:
+        tokens, loss = model.tokens(x)
+        logits = model.head(tokens)
+    return F.cross_entropy(logits, labels) + 3.0 * loss
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="demo")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--end-layer", type=int)
     parser.add_argument("--drop-path", type=float)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if not KEEP_MEMORY.items() <= os.environ.items():  # the allocator reads it at the start of a process
@@ -114,23 +126,22 @@ def main() -> None:
         masks = ours.draw_masks(len(images)) if drop_path else None
         ours.draw_masks = lambda batch, drawn=masks: drawn
 
-        def forward(model: nn.Module, x: Tensor, drawn: Tensor | None) -> tuple[Tensor, Tensor | float]:
-            if isinstance(model, PlainPair):
-                return model(x, None if drawn is None else drawn.to(x.device))
-            tokens, loss = model.tokens(x)
-            return model.head(tokens), loss
-
         runs = {}
         for name, model in (("plain", plain), ("ours", ours)):
             x = (images - ours.mean) / ours.std if name == "plain" else images
             trained = [p for p in model.parameters() if p.requires_grad]
             runs[name] = model, x, torch.optim.AdamW(trained, lr=1e-4, fused=True), ModelEmaV3(model), []
+        macs = []
+        for model, x, *_ in runs.values():
+            with pinned("math"), FlopCounterMode(display=False) as counter:  # it does not count every fused kernel
+                objective(model, x, masks, labels).backward()
+            macs.append(counter.get_total_flops() / 2)
         for turn in range(options.rounds + 2):
             for model, x, optimizer, average, seconds in runs.values():
                 start = now(device)
-                logits, loss = forward(model, x, masks)
+                value = objective(model, x, masks, labels)
                 optimizer.zero_grad()
-                (F.cross_entropy(logits, labels) + 3.0 * loss).backward()
+                value.backward()
                 if turn:
                     optimizer.step()
                     average.update(model)
@@ -140,12 +151,14 @@ def main() -> None:
                 pairs = gradients(plain, ours)
                 largest = max(float(a.abs().max()) for _, a, _ in pairs)
                 gap = max(float((a - b).abs().max()) for _, a, b in pairs) / largest
-        before, after = (statistics.median(run[-1]) for run in runs.values())
+        seconds = [run[-1] for run in runs.values()]
+        before, after = map(statistics.median, seconds)
+        gain = statistics.median(a / b for a, b in zip(*seconds, strict=True))  # within a round: machines drift
         print(
             f"{options.backbone}, {mode}, end_layer {end_layer}, drop path {drop_path:g}, "
             f"batch {options.batch_size}, {device}: "
-            f"plain {1e3 * before:.1f} ms, ours {1e3 * after:.1f} ms, {before / after:.2f} x; "
-            f"gradients within {gap:.1e}"
+            f"plain {1e3 * before:.1f} ms, ours {1e3 * after:.1f} ms, {gain:.2f} x "
+            f"(multiply-adds {macs[0] / macs[1]:.2f} x); gradients within {gap:.1e}"
         )
 
 

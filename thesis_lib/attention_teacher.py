@@ -79,7 +79,8 @@ def add_branch(x: Tensor, mask: Tensor | None, branch: Callable[..., Tensor], *b
     if len(kept) in (0, len(x)):  # of no image at all there would be no gradient, which averaging over processes needs
         return x + branch(x, *beside) * mask.to(x.device)
     factor, kept = mask[kept].to(x.device), kept.to(x.device)
-    added = branch(x[kept], *(part[kept] for part in beside)) * factor
+    # Not x[kept], whose gradient a CPU adds up number by number.
+    added = branch(*(part.index_select(0, kept) for part in (x, *beside))) * factor
     return x.index_add(0, kept, added.to(x.dtype))
 
 
