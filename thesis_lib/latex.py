@@ -130,7 +130,7 @@ class Table:
         formats = []
         for column in self.frame.columns:
             name = column[-1] if isinstance(column, tuple) else column
-            formats.append(rf"@{{\hspace{{{0.4 if name == INTERVAL else 0.9}em}}}}" if formats else "@{}")
+            formats.append(rf"@{{\hspace{{{0.4 if name == INTERVAL else 0.75}em}}}}" if formats else "@{}")
             if column in self.digits:
                 whole, _, part = zip(*(text.lstrip("-").partition(".") for text in self._shown(column)), strict=True)
                 sign = "-" if any(text.startswith("-") for text in self._shown(column)) else ""
