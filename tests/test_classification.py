@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from thesis_lib import attention_patterns as patterns
-from thesis_lib import classification, classification_costs, paths
+from thesis_lib import classification, classification_costs, efficiency, paths
 from thesis_lib.attention import MIXERS
 from thesis_lib.attention.identity import Identity
 from thesis_lib.augmentation import Augmentation, parse_policy, resized_crop
@@ -466,6 +466,16 @@ def test_scaling_tells_what_a_mixer_cannot_serve():
     ]
     refused = table.loc[("linformer", 16, "latency")]
     assert pd.isna(refused["value"]) and "20" in refused["note"]
+
+
+def test_a_moment_in_which_the_machine_stalls_does_not_decide_a_latency(monkeypatch):
+    readings = iter([900.0, 10.0, 11.0])
+    stalled = lambda *_, **__: efficiency.median_row("latency", [next(readings)] * 3)
+    monkeypatch.setattr(efficiency, "latency", stalled)
+    rows = classification_costs.scaling_rows(resolve(TINY), {"mha": {}}, [32], rounds=3)
+    found = next(row for row in rows if row["metric"] == "latency")
+    assert (found["value"], found["n"], found["p95"], found["batch"]) == (11.0, 9, 900.0, 1)
+    assert found["mean"] == pytest.approx(921 / 3) and not any("samples" in row for row in rows)
 
 
 # --- patterns

@@ -60,9 +60,12 @@ def test_timms_own_attention_counts_as_mha():
 def test_saving_ranges():
     assert closed_form.saving_ranges("mha", 64, 4) == []
     assert closed_form.saving_ranges("pool", 64, 4) == [(5, None)]  # a 3x3 window needs a 2x2 grid
-    ((first, last),) = closed_form.saving_ranges("soft", 768, 12)  # saves a projection, then pays m^3 for the inverse
+    ((_, last),) = closed_form.saving_ranges("soft", 768, 12)  # at most 64 landmarks, however many tokens
+    assert last is None
+    kinds = attention.get("soft"), attention.get("mha")
+    ((first, last),) = closed_form.saving_ranges("soft", 768, 12, ratio=2)  # saves a projection, then pays for m^3
     costs = {
-        side: [attention.get(mixer).cost(side**2 + 1, 768, 12).macs for mixer in ("soft", "mha")]
+        side: [kind.cost(side**2 + 1, 768, 12, **own).macs for kind, own in zip(kinds, ({"ratio": 2}, {}), strict=True)]
         for side in range(2, 64, 2)
     }
     saving = [side**2 + 1 for side, (soft, mha) in costs.items() if soft < mha]

@@ -38,9 +38,12 @@ def cost_rows(
 
 def timing_rows(model: nn.Module, x: Tensor, **timing: Any) -> list[dict]:
     """Measure latency, with mean and standard deviation, and peak memory at the batch of `x`."""
-    row = efficiency.latency(model, x, **timing)
-    spread = {"mean": float(np.mean(row["samples"])), "std": float(np.std(row["samples"])), "batch": len(x)}
-    return [row | spread, efficiency.peak_memory(model, x)[0] | {"batch": len(x)}]
+    row = _with_spread(efficiency.latency(model, x, **timing))
+    return [row | {"batch": len(x)}, efficiency.peak_memory(model, x)[0] | {"batch": len(x)}]
+
+
+def _with_spread(row: dict) -> dict:
+    return row | {"mean": float(np.mean(row["samples"])), "std": float(np.std(row["samples"]))}
 
 
 def _training_step(model: nn.Module) -> Callable[[Tensor], None]:
@@ -63,15 +66,17 @@ def scaling_rows(
     *,
     timed: Collection[str] | None = None,
     device: str = "cpu",
-    runs: int = 10,
-    seconds: float = 0.5,
+    rounds: int = 3,
+    runs: int = 4,
+    seconds: float = 0.2,
 ) -> list[dict]:
     """Give MACs in closed form and measure latency and memory of one image, over image sizes, with random weights.
 
-    mixers: configuration keys by mixer; timed: those that are measured as well, None for all. A size that a mixer
-    cannot serve, or that this machine has no memory for, gives rows without a value and with a note.
+    mixers: configuration keys by mixer; timed: those that are measured as well, None for all. Each is timed in every
+    round (`runs` passes, `seconds`), so that a moment in which the machine stalls is a part of its samples only. A size
+    that a mixer cannot serve, or that this machine has no memory for, gives rows without a value and with a note.
     """
-    rows = []
+    rows, running, timing = [], {}, {"runs": runs, "warmup": 1, "seconds": seconds}
     for size, (name, keys) in ((size, item) for size in image_sizes for item in mixers.items()):
         tokens = (size // config["patch_size"]) ** 2
         common = {"mixer": name, "image_size": size, "tokens": tokens, "stage": "scaling"}
@@ -81,11 +86,17 @@ def scaling_rows(
             found = [{"metric": "macs", "value": model_cost(model.vit).macs, "unit": "MAC", "n": 1}]
             if timed is None or name in timed:
                 x = torch.rand(1, config["num_channels"], size, size, device=device)
-                found += timing_rows(model, x, runs=runs, warmup=1, seconds=seconds)
+                running[len(rows) + len(found)] = model, x
+                found += timing_rows(model, x, **timing)
         except (ValueError, RuntimeError, MemoryError) as error:
             note = str(error) if isinstance(error, ValueError) else efficiency.refusal(error)
             if note is None:
                 raise
             found = efficiency.missing(("macs", "latency", "peak_memory"), note)
-        rows += [{key: value for key, value in (row | common).items() if key != "samples"} for row in found]
-    return rows
+            running.pop(len(rows) + 1, None)
+        rows += [row | common for row in found]
+    for place, (model, x) in list(running.items()) * (rounds - 1):
+        again = efficiency.latency(model, x, **timing)["samples"]
+        pooled = efficiency.median_row("latency", [*rows[place]["samples"], *again])
+        rows[place] = _with_spread(rows[place] | pooled)
+    return [{key: value for key, value in row.items() if key != "samples"} for row in rows]

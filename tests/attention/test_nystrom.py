@@ -5,8 +5,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
+from thesis_lib.attention.cells import cell_means, tiling
 from thesis_lib.attention.mha import MHA
-from thesis_lib.attention.nystrom import Nystrom, cell_means, iterative_inverse, tiling
+from thesis_lib.attention.nystrom import Nystrom, iterative_inverse
 
 build = Nystrom.from_attention
 

@@ -152,3 +152,19 @@ def test_cost_of_the_published_size():
 def test_impossible_options(options, message, attention):
     with pytest.raises(ValueError, match=message):
         SOFT.from_attention(attention(), (8, 8), 1, **options)
+
+
+@pytest.mark.parametrize(
+    ("grid", "count"), [((8, 8), 16), ((14, 14), 49), ((24, 24), 64), ((37, 37), 64), ((48, 48), 64), ((3, 5), 6)]
+)
+def test_the_default_number_of_landmarks_does_not_grow_with_the_grid(grid, count, attention, tokens):
+    mixer = SOFT.from_attention(attention(), grid, 1)
+    landmarks = mixer.landmarks(mixer.split_heads(mixer.q(tokens(grid))))
+    assert landmarks.shape[2] == 1 + count
+
+
+def test_the_default_is_ratio_2_where_that_leaves_at_most_8_cells_a_side(attention, tokens):
+    x, layer = tokens((8, 16)), attention()
+    default, halved = (SOFT.from_attention(layer, (8, 16), 1, **options) for options in ({}, {"ratio": 2}))
+    assert_close(default(x), halved(x))
+    assert SOFT.cost(129, 24, 3, grid=(8, 16)) == SOFT.cost(129, 24, 3, grid=(8, 16), ratio=2)

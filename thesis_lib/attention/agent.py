@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thesis_lib.attention.base import SOFTMAX, Cost, integer
+from thesis_lib.attention.cells import cell_count, cell_means, tiling
 from thesis_lib.attention.mha import MHA
-from thesis_lib.attention.nystrom import cell_count, cell_means, tiling
 
 BLOCK = 7  # side of the coarse map that a bias is enlarged from
 

@@ -15,13 +15,16 @@ from thesis_lib.attention.base import (
     linear_rows,
     pool_cells,
 )
+from thesis_lib.attention.cells import cell_count, cell_means, tiling
 
 
 class SOFT(Mixer):
     """K1 (K2 + ridge I)^-1 K1^T V with K1 = k(Q, L), K2 = k(L, L), k(a, b) = exp(-|a - b|^2 / (2 sqrt(d_h))).
 
     Queries are keys; the key weights of the pretrained layer are not used, and rows are not normalised.
-    ratio: landmarks L are the queries of ratio x ratio cells of the grid; 1 makes every token a landmark.
+    ratio: landmarks L are the queries of ratio x ratio cells of the grid; 1 makes every token a landmark. Default: half
+    the grid's rows and columns of cells, at most 8 of each, whether or not they divide it, so that the cost is linear
+    in the tokens (the published 224 px models have 7 x 7 landmarks in each of these stages); 2 for "conv".
     landmarks: "avg" averages the cell, "conv" convolves it (heads share the kernel, which starts as the average).
     Prefix tokens are landmarks of their own: a token far from every landmark neither sends nor receives anything, and
     nothing holds the class token near a mean of patches. (The published models have no class token in these layers.)
@@ -37,7 +40,7 @@ class SOFT(Mixer):
     kind = "kernel"
     label = "SOFT"
     lora_targets = ("q", "v")
-    defaults = {"ratio": 2, "landmarks": "avg", "ridge": 0.01, "iterations": 20}
+    defaults = {"ratio": None, "landmarks": "avg", "ridge": 0.01, "iterations": 20}
     choices = {"landmarks": ("avg", "conv")}
 
     @classmethod
@@ -45,7 +48,8 @@ class SOFT(Mixer):
         ridge = options["ridge"]
         if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 <= ridge < float("inf"):
             raise ValueError(f"ridge={ridge!r} must be a number that is not negative")
-        ratio = divisor_of_grid("ratio", options["ratio"], grid)
+        ratio = 2 if options["ratio"] is None and options["landmarks"] == "conv" else options["ratio"]
+        ratio = None if ratio is None else divisor_of_grid("ratio", ratio, grid)
         iterations = integer("iterations", options["iterations"], 1)
         return {**options, "ratio": ratio, "ridge": float(ridge), "iterations": iterations}
 
@@ -54,8 +58,9 @@ class SOFT(Mixer):
         self.v = linear_rows(attn.qkv, 2 * self.dim, 3 * self.dim)
         self.carry(attn, "q_norm", "norm", "proj", "proj_drop")
         self.ratio = self.options["ratio"]
+        self.cells = tiling(cell_count("landmarks", None, self.grid), self.grid) if self.ratio is None else None
         self.reduction = None
-        if self.ratio > 1 and self.options["landmarks"] == "conv":
+        if self.ratio != 1 and self.options["landmarks"] == "conv":
             self.reduction = averaging_conv(self.head_dim, self.ratio, attn.qkv.weight, bias=False)
 
     def landmarks(self, q: Tensor) -> Tensor:
@@ -64,7 +69,9 @@ class SOFT(Mixer):
             return q
         prefix, patches = q[:, :, : self.prefix_tokens], q[:, :, self.prefix_tokens :]
         if self.reduction is None:
-            cells = self.split_heads(pool_cells(patches.transpose(1, 2).flatten(2), self.grid, self.ratio))
+            x = patches.transpose(1, 2).flatten(2)
+            means = cell_means(x, self.grid, self.cells) if self.cells else pool_cells(x, self.grid, self.ratio)
+            cells = self.split_heads(means)
         else:
             image = patches.flatten(0, 1).mT.unflatten(-1, self.grid)  # (B h, d_h, H, W)
             cells = self.reduction(image).flatten(2).mT.unflatten(0, q.shape[:2])
@@ -102,8 +109,8 @@ class SOFT(Mixer):
     @classmethod
     def closed_form(cls, tokens, dim, heads, grid, prefix_tokens, options) -> Cost:
         ratio, patches, head_dim = options["ratio"], tokens - prefix_tokens, dim // heads
-        m = prefix_tokens + patches // ratio**2
-        conv = ratio > 1 and options["landmarks"] == "conv"
+        m = prefix_tokens + (cell_count("landmarks", None, grid) if ratio is None else patches // ratio**2)
+        conv = ratio != 1 and options["landmarks"] == "conv"
         inverse = options["iterations"] * heads * m**2
         entries = heads * (tokens * m + m**2)
         return Cost(
@@ -115,11 +122,11 @@ class SOFT(Mixer):
             # scaling, norms, averages; five operations a kernel entry (two additions, clamp, exponential, threshold);
             # start value (row sums and scaling) and steps of the inverse
             elementwise=3 * (tokens + m) * dim
-            + (ratio > 1 and not conv) * patches * dim
+            + (ratio != 1 and not conv) * patches * dim
             + 5 * entries
             + 2 * heads * m**2
             + 2 * inverse,
-            params=3 * (dim**2 + dim) + conv * ratio**2 * head_dim**2,
+            params=3 * (dim**2 + dim) + (ratio**2 * head_dim**2 if conv else 0),
         )
 
 

@@ -194,7 +194,7 @@ def layers(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for model in [name for name in [*MODELS, "metric"] if name in set(found["model"])]:
         line, tint = found[found["model"] == model], TINTS.get(model, colour("moh"))
         ax.plot(line["layer"], 100 * line["value"], color=tint, marker="o", markersize=4)
-        ends.append((MODELS.get(model, "metric"), line["layer"].iloc[-1], 100 * line["value"].iloc[-1], tint))
+        ends.append((MODELS.get(model, "Metric"), line["layer"].iloc[-1], 100 * line["value"].iloc[-1], tint))
     ax.set(xlabel="layer", ylabel="tokens computed (%)", ylim=(0, 104))
     last = int(found["layer"].max())
     ax.set_xticks(range(1, last + 1))
