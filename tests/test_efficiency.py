@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import nn
 
-from thesis_lib import backbone, class_token, efficiency, efficiency_grid, timing
+from thesis_lib import backbone, class_token, closed_form, efficiency, efficiency_grid, timing
 
 TINY = dict(patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0)
 EXACT = {"macs", "macs_counted", "macs_activated", "macs_cls", "elementwise", "params", "bytes", "launches"}
@@ -339,7 +339,10 @@ def test_analytic_crossings_are_those_of_the_closed_forms():
         row["mixer"]: row for row in efficiency_grid.analytic_crossings(["demo"], ["mha", "pool", "soft"], max_side=40)
     }
     assert set(rows) == {"pool", "soft"} and rows["pool"]["value"] == 5 and rows["pool"]["until"] is None
-    assert rows["soft"]["value"] is None or rows["soft"]["until"] is not None
+    (few, *_, many), row = closed_form.saving_ranges("soft", 128, 4, max_side=40), rows["soft"]
+    assert few == (2, 65) and many == (row["value"], None) and row["until"] is None  # for good from there on
+    (short,) = efficiency_grid.analytic_crossings(["demo"], ["soft"], max_side=12)
+    assert (short["value"], short["until"]) == few
 
 
 def test_predictions_stand_beside_what_was_measured():

@@ -219,7 +219,10 @@ def analytic_crossings(
     mixer_options: Mapping[str, Mapping] | None = None,
     max_side: int = 128,
 ) -> list[dict]:
-    """Return the same rows in multiply-adds: first token count at which a layer needs fewer than MHA; `until`: last."""
+    """Return the same rows in multiply-adds: the token count from which a layer needs fewer than MHA for good.
+
+    Where there is none up to max_side² patches, the first count at which it needs fewer, and `until`, the last of them.
+    """
     rows, largest = [], max_side**2 + 1
     for name in backbones:
         with torch.device("meta"):
@@ -231,7 +234,7 @@ def analytic_crossings(
             options = (mixer_options or {}).get(mixer, {})
             ranges = closed_form.saving_ranges(mixer, dim, heads, prefix_tokens=prefix, max_side=max_side, **options)
             row = {"metric": "crossing", "unit": "token", "n": 1, "stage": "analytic", "backbone": name, "mixer": mixer}
-            row |= {"smallest": prefix + 1, "largest": largest, "until": ranges[0][1] if ranges else None}
-            note = None if ranges else f"none up to {largest}"
-            rows.append(row | {"value": ranges[0][0] if ranges else None, "note": note})
+            first, last = ([found for found in ranges if found[1] is None] or ranges or [(None, None)])[0]
+            row |= {"smallest": prefix + 1, "largest": largest, "until": last}
+            rows.append(row | {"value": first, "note": None if ranges else f"none up to {largest}"})
     return rows

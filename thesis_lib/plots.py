@@ -107,10 +107,15 @@ def accuracy_against_cost(
     if cost == "latency" and x.max() > 8 * x.min():
         ax.set_xscale("log")
     ax.axhline(50, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    ax.text(0.99, 49.4, "chance", transform=ax.get_yaxis_transform(), va="top", ha="right", fontsize=7, color=QUIET)
     ax.set_xlabel(unit)
     ax.set_ylabel("2AFC (%)")
     ax.margins(x=0.16, y=0.08)
+    low = set(main[100 * main["low"] < 52]["mixer"])  # by whose points the word would stand
+    place = lambda cost: ax.transAxes.inverted().transform(ax.transData.transform((cost, 50)))[0]
+    taken = [place(x[mixer]) for mixer in x.index if mixer in low]
+    free = [at for at in (0.84, 0.01, 0.42) if not any(at - 0.04 < other < at + 0.17 for other in taken)]
+    at = {"transform": ax.get_yaxis_transform(), "va": "top", "fontsize": 7, "color": QUIET}
+    ax.text((free or [0.84])[0], 49.4, "chance", **at)
     if names:
         shown = main[main["mixer"].isin(x.index)]
         spans = [(x[row.mixer], 100 * row.low, 100 * row.high) for row in shown.itertuples()]
