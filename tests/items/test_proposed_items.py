@@ -147,6 +147,8 @@ def test_figures_show_what_the_rows_say(rows):
     assert line.get_ydata()[0] == pytest.approx(88)
     rings = [line for line in measured.lines if line.get_markersize() == 11]
     assert len(rings) == 1 and rings[0].get_xydata().tolist() == [[1.5, 88.5]]
+    names = {text.get_text() for text in measured.texts}
+    assert names >= {"Teacher", "Pool, all layers", "tokens merged"} and not any("distilled" in name for name in names)
     ax = figures.steps(rows)
     assert [tick.get_text() for tick in ax.get_yticklabels()][2:4] == ["ViT-S/16", "+ fewer blocks"]
     assert ax.texts[5].get_text() == "37×"

@@ -98,7 +98,7 @@ def front(rows: pd.DataFrame) -> Figure:
             right.plot([x], [y], "o", color=RING, markersize=11, markerfacecolor="none", markeredgewidth=1.8, zorder=5)
         spans.append((x, 100 * row["low"], 100 * row["high"]))
         if key[1] == "float32":
-            points.append((NAMES.get(key[0], key[0]).split(" (")[0].removeprefix("Teacher, "), x, y, tint))
+            points.append((name_of(key[0]).split(" (")[0].removeprefix("Teacher, "), x, y, tint))
     least = 100 * (scores.loc[("teacher", "float32"), "value"] - float(one(rows, stage="rule")["value"]))
     right.axhline(least, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     right.set_xscale("log")
