@@ -256,13 +256,15 @@ def main() -> None:
         for row in found:
             if row["role"] == "peer" and row["note"]:
                 print(f"peer of {row['mixer']}: {row['note']}")
+        if options.out:  # after each configuration: an hour's grid that is interrupted keeps what it has
+            written = results.write(rows, "mixer_speed", profile="benchmark", folder=options.out)
     table = compare(pd.DataFrame(rows))
     print("\nspeed-up over the peer: median and least of all configurations")
     for label, group in table.dropna(subset="speed-up").groupby("mixer", sort=False)["speed-up"]:
         aim = f"   (aim {AIMS[label]:g})" if label in AIMS else ""
         print(f"{label:15s}{group.median():7.2f}{group.min():7.2f}{aim}")
     if options.out:
-        print(results.write(rows, "mixer_speed", profile="benchmark", folder=options.out))
+        print(written)
         draw(table, options.out / "mixer_speed")
 
 
