@@ -80,8 +80,7 @@ def accuracy_against_cost(
 ) -> Axes:
     """Draw accuracy over cost, a mixer's stages joined by a line; `data` holds the rows of notebooks 02, 03 and 04.
 
-    Mixers whose costs agree within a thirtieth of the range are set side by side. With `names`,
-    names stand beside the points.
+    Mixers whose costs agree within a thirtieth of the range are set side by side. names: write them beside the points.
     """
     ax = ax or plt.subplots(figsize=(0.6 * TEXTWIDTH, 2.9))[1]
     main = scores(data, split=split)
@@ -114,8 +113,7 @@ def accuracy_against_cost(
     place = lambda cost: ax.transAxes.inverted().transform(ax.transData.transform((cost, 50)))[0]
     taken = [place(x[mixer]) for mixer in x.index if mixer in low]
     free = [at for at in (0.84, 0.01, 0.42) if not any(at - 0.04 < other < at + 0.17 for other in taken)]
-    at = {"transform": ax.get_yaxis_transform(), "va": "top", "fontsize": 7, "color": QUIET}
-    ax.text((free or [0.84])[0], 49.4, "chance", **at)
+    ax.text((free or [0.84])[0], 49.4, "chance", transform=ax.get_yaxis_transform(), va="top", fontsize=7, color=QUIET)
     if names:
         shown = main[main["mixer"].isin(x.index)]
         spans = [(x[row.mixer], 100 * row.low, 100 * row.high) for row in shown.itertuples()]
