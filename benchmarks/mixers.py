@@ -12,10 +12,8 @@ alone, PoolFormer's on channels-first images, as it is used. `--out` writes mixe
 import argparse
 import itertools
 import math
-import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,7 +24,7 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from thesis_lib import attention, plots, results, summary
+from thesis_lib import attention, plots, processes, results, summary
 from thesis_lib.efficiency import refusal, rotated
 
 HEAD_DIM = 64
@@ -234,8 +232,7 @@ def main() -> None:
     settings = (options.batch, options.rounds, options.device, options.threads)
     rows = []
     for configuration in itertools.product(passes, options.tokens, options.dim, options.dtype):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = pool.submit(measure, *configuration, *settings).result()
+        found = processes.apart(measure, *configuration, *settings)
         rows += found
         first = found[0]
         print(

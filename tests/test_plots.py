@@ -13,7 +13,7 @@ import pytest
 from matplotlib.transforms import Bbox
 
 from thesis_lib import paths, plots, results, summary
-from thesis_lib.placement import apart, label_points
+from thesis_lib.placement import apart, label_line, label_points
 
 fakes = runpy.run_path(str(Path(__file__).with_name("fakes.py")))
 
@@ -177,6 +177,20 @@ def test_labels_in_a_crowd_cover_neither_one_another_nor_the_error_bars():
             assert not boxes[name].overlaps(Bbox(ax.transData.transform([(x, low), (x, high)]))), name
     lines = [text for text in ax.texts if getattr(text, "arrow_patch", None)]
     assert 0 < len(lines) < len(crowd)  # only who found no room beside the point
+
+
+@pytest.mark.parametrize("taken", [(), (9.5,), (9.5, 7.5, 0.5), (0.5, 3.0)])
+def test_the_word_under_a_line_stands_where_no_data_is(taken):
+    figure, ax = plt.subplots(figsize=(2.6, 2.6))
+    ax.set(xlim=(0, 10), ylim=(40, 100))
+    spans = [(x, 44.0, 54.0) for x in taken]
+    label_line(ax, "chance", 50, "black", spans=spans)
+    (word,) = ax.texts
+    box, frame = word.get_window_extent(figure.canvas.get_renderer()), ax.get_window_extent()
+    assert not any(box.overlaps(Bbox(ax.transData.transform([(x, low), (x, high)]))) for x, low, high in spans)
+    line = ax.transData.transform((0, 50))[1]
+    assert line - 20 < box.y0 < box.y1 < line and frame.x0 <= box.x0 < box.x1 <= frame.x1 + 1
+    assert (word.xy[0] == 1) == (9.5 not in taken)  # at the right end where that is free
 
 
 def test_no_labels_line_runs_across_other_data():

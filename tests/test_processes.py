@@ -8,6 +8,7 @@ import torch
 
 from thesis_lib.attention_study import Study
 from thesis_lib.processes import apart, side_by_side
+from thesis_lib.trainer import train_each
 
 
 def fail_or_sleep(seconds: float) -> float:
@@ -31,10 +32,32 @@ def test_side_by_side_keeps_the_order():
     assert list(side_by_side(fail_or_sleep, [0.4, 0.01, 0.2, 0.02], workers=2)) == [0.4, 0.01, 0.2, 0.02]
 
 
-def test_an_error_in_one_stops_the_others():
+def test_an_error_in_one_stops_the_others_and_nothing_else():
+    bystander = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(3600.0,), daemon=True)
+    bystander.start()
     with pytest.raises(ValueError, match="a run failed"):
-        list(side_by_side(fail_or_sleep, [0.0, 600.0], workers=2))  # unstopped, the second outlasts the suite's limit
-    assert not multiprocessing.active_children()
+        list(side_by_side(fail_or_sleep, [0.0, 3600.0], workers=2))  # unstopped, the second outlasts the suite's limit
+    assert multiprocessing.active_children() == [bystander]
+    bystander.terminate()
+    bystander.join()
+
+
+def whereabouts(_: str) -> tuple[int, int]:
+    return os.getpid(), torch.get_num_threads()
+
+
+def test_on_a_cpu_trainings_go_to_processes_of_one_thread(two_threads, monkeypatch):
+    def found(device: str | None = "cpu", runs: str = "abc") -> set[tuple[int, int]]:
+        return set(train_each(whereabouts, list(runs), device=device))
+
+    apart = found()
+    assert os.getpid() not in {pid for pid, _ in apart} and {threads for _, threads in apart} == {1}
+    assert found(runs="a") == found(device="cuda") == {(os.getpid(), 2)}  # nothing to share; a GPU is one
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert found() == {(os.getpid(), 2)}
+    torch.set_num_threads(1)
+    assert found() == {(os.getpid(), 1)}
 
 
 def study(folder) -> Study:

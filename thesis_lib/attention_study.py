@@ -125,6 +125,7 @@ class Study:
 
 
 def _effort(recipe: Mapping[str, Any]) -> float:
+    # A distilled epoch runs the teacher as well and matches maps.
     return recipe.get("epochs", 1) * (1.5 if recipe.get("mode", "none").startswith("distill") else 1.0)
 
 

@@ -67,16 +67,17 @@ def scaling_rows(
     timed: Collection[str] | None = None,
     device: str = "cpu",
     rounds: int = 3,
-    runs: int = 4,
-    seconds: float = 0.2,
+    runs: int = 12,
+    seconds: float = 0.6,
 ) -> list[dict]:
     """Give MACs in closed form and measure latency and memory of one image, over image sizes, with random weights.
 
     mixers: configuration keys by mixer; timed: those that are measured as well, None for all. Each is timed in every
-    round (`runs` passes, `seconds`), so that a moment in which the machine stalls is a part of its samples only. A size
-    that a mixer cannot serve, or that this machine has no memory for, gives rows without a value and with a note.
+    round, for its share of `runs` and `seconds`, so that a moment in which the machine stalls is a part of its samples
+    only. A size that a mixer cannot serve, or that this machine has no memory for, gives rows without a value and with
+    a note.
     """
-    rows, running, timing = [], {}, {"runs": runs, "warmup": 1, "seconds": seconds}
+    rows, running, timing = [], {}, {"runs": -(-runs // rounds), "warmup": 1, "seconds": seconds / rounds}
     for size, (name, keys) in ((size, item) for size in image_sizes for item in mixers.items()):
         tokens = (size // config["patch_size"]) ** 2
         common = {"mixer": name, "image_size": size, "tokens": tokens, "stage": "scaling"}

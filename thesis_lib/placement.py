@@ -33,11 +33,9 @@ def label_points(
     """
     figure, points = ax.figure, sorted(points, key=lambda point: -point[2])
     figure.draw_without_rendering()
-    renderer, half = figure.canvas.get_renderer(), 0.05 * figure.dpi
-    texts, data = [text.get_window_extent(renderer) for text in ax.texts], []
-    for x, low, high in [*spans, *((x, y, y) for _, x, y, _ in points)]:
-        (left, bottom), (right, top) = ax.transData.transform([(x, low), (x, high)])
-        data.append(Bbox.from_extents(left - half, bottom - half, right + half, top + half))
+    renderer = figure.canvas.get_renderer()
+    texts = [text.get_window_extent(renderer) for text in ax.texts]
+    data = _boxes(ax, [*spans, *((x, y, y) for _, x, y, _ in points)])
     frame = ax.get_window_extent(renderer)
     for name, x, y, tint in points:
         text = ax.annotate(
@@ -65,6 +63,30 @@ def label_points(
             line = {"arrowstyle": "-", "color": tint, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
             ax.annotate("", (x, y), position, textcoords="offset points", arrowprops=line)
             data += [Bbox.from_extents(*(at - 1), *(at + 1)) for at in way]
+
+
+def label_line(ax: Axes, text: str, y: float, tint: str, *, spans: Iterable[tuple[float, float, float]]) -> None:
+    """Write a word beneath the horizontal line at y, as far right as it covers none of the `spans` (x, low, high)."""
+    ax.figure.draw_without_rendering()
+    data, renderer = _boxes(ax, spans), ax.figure.canvas.get_renderer()
+    word = ax.annotate(
+        text, (1, y), (0, -2), ("axes fraction", "data"), "offset points", color=tint, fontsize=7, ha="right", va="top"
+    )
+    covered = {}
+    for right in np.linspace(1, 0.2, 41):
+        word.xy = (right, y)
+        box = word.get_window_extent(renderer)
+        covered[right] = sum(_shared(box, other) for other in data)
+    word.xy = (min(covered, key=covered.get), y)
+
+
+def _boxes(ax: Axes, spans: Iterable[tuple[float, float, float]]) -> list[Bbox]:
+    """Where markers and error bars (x, low, high) lie on paper."""
+    half, found = 0.05 * ax.figure.dpi, []
+    for x, low, high in spans:
+        (left, bottom), (right, top) = ax.transData.transform([(x, low), (x, high)])
+        found.append(Bbox.from_extents(left - half, bottom - half, right + half, top + half))
+    return found
 
 
 def _shared(a: Bbox, b: Bbox) -> float:

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 from PIL import Image
 
-from thesis_lib.placement import apart, label_ends, label_points
+from thesis_lib.placement import apart, label_ends, label_line, label_points
 from thesis_lib.summary import MIXERS, STAGES, costs, label, one_protocol, ordered, reference_stage, scores, setting
 
 TEXTWIDTH = 5.9  # inches; figures are included at their natural size, so that their type is the size it says
@@ -87,7 +87,8 @@ def accuracy_against_cost(
     price = costs(data, cost, **setting(main), embedding=True).set_index("mixer")["value"]
     scale, unit = _unit(cost, price.max())
     x = apart((price / scale)[[name for name in price.index if name in set(main["mixer"])]])
-    for mixer, rows in main[main["mixer"].isin(x.index)].groupby("mixer", sort=False):
+    main = main[main["mixer"].isin(x.index)]
+    for mixer, rows in main.groupby("mixer", sort=False):
         y = 100 * rows["value"]
         ax.plot([x[mixer]] * len(y), y, color=colour(mixer), linewidth=0.8, alpha=0.5, zorder=2)
         for row in rows.itertuples():
@@ -109,15 +110,10 @@ def accuracy_against_cost(
     ax.set_xlabel(unit)
     ax.set_ylabel("2AFC (%)")
     ax.margins(x=0.16, y=0.08)
-    low = set(main[100 * main["low"] < 52]["mixer"])  # by whose points the word would stand
-    place = lambda cost: ax.transAxes.inverted().transform(ax.transData.transform((cost, 50)))[0]
-    taken = [place(x[mixer]) for mixer in x.index if mixer in low]
-    free = [at for at in (0.84, 0.01, 0.42) if not any(at - 0.04 < other < at + 0.17 for other in taken)]
-    ax.text((free or [0.84])[0], 49.4, "chance", transform=ax.get_yaxis_transform(), va="top", fontsize=7, color=QUIET)
+    spans = [(x[row.mixer], 100 * row.low, 100 * row.high) for row in main.itertuples()]
+    label_line(ax, "chance", 50, QUIET, spans=spans)
     if names:
-        shown = main[main["mixer"].isin(x.index)]
-        spans = [(x[row.mixer], 100 * row.low, 100 * row.high) for row in shown.itertuples()]
-        least, best = (100 * getattr(shown.groupby("mixer")["value"], end)() for end in ("min", "max"))
+        least, best = (100 * getattr(main.groupby("mixer")["value"], end)() for end in ("min", "max"))
         spans += [(x[mixer], least[mixer], best[mixer]) for mixer in x.index]
         label_points(ax, [(label(m), x[m], best[m], colour(m)) for m in x.index], spans=spans)
     return ax

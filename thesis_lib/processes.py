@@ -36,13 +36,14 @@ def side_by_side(
     label: of a progress bar. Interrupted, or after an error in one, the processes are stopped.
     Raises what the function raises, and BrokenProcessPool where a process dies.
     """
+    others = set(multiprocessing.active_children())  # the caller's own
     with ProcessPoolExecutor(workers, mp_context=_context()) as pool:
         try:
             results = pool.map(function, items, chunksize=chunksize)
             yield from tqdm(results, total=total, desc=label, disable=label is None)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            running = multiprocessing.active_children()
+            running = set(multiprocessing.active_children()) - others
             for process in running:
                 process.terminate()
             for process in running:
