@@ -307,13 +307,11 @@ def test_a_student_learns_its_teacher_and_the_best_2afc_is_kept(prepared):
     assert cosine == pytest.approx(best["val_cosine"], abs=1e-6)
 
 
-def test_plans_distilled_side_by_side_are_those_distilled_one_by_one(prepared, two_threads):
-    plans, common = (
-        [Plan(("mha", "pool")), Plan(("identity", "mha"))],
-        (prepared.pixels, prepared.targets, prepared.val),
-    )
+def test_plans_distilled_side_by_side_are_those_one_by_one_and_are_kept(prepared, two_threads, tmp_path, monkeypatch):
+    plans = [Plan(("mha", "pool")), Plan(("identity", "mha"))]
+    common = (prepared.pixels, prepared.targets, prepared.val)
     options = {"epochs": 1, "batch_size": 8, "device": "cpu"}
-    together = proposed.distil_plans(metric(), plans, *common, **options)
+    together = proposed.distil_plans(metric(), plans, *common, folder=tmp_path, **options)
     torch.set_num_threads(1)
     for plan, found in zip(plans, together, strict=True):
         student = proposed.planned(metric(), plan)
@@ -322,6 +320,12 @@ def test_plans_distilled_side_by_side_are_those_distilled_one_by_one(prepared, t
         assert torch.equal(found.embed(torch.ones(2, 3, 24, 24)), student.eval().embed(torch.ones(2, 3, 24, 24)))
         weights = found.state_dict()
         assert all(torch.equal(weights[name], value) for name, value in student.state_dict().items())
+    monkeypatch.setattr(distillation, "_loss", lambda dim: lambda *_: pytest.fail("learnt"))  # no batch is learnt again
+    kept = proposed.distil_plans(metric(), plans, *common, folder=tmp_path, **options)
+    for found, again in zip(together, kept, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), again.parameters(), strict=True))
+    with pytest.raises(pytest.fail.Exception, match="learnt"):
+        proposed.distil_plans(metric(), plans, *common, folder=tmp_path, resume=False, **options)
 
 
 def test_interrupted_distillation_goes_on_to_the_same_weights(prepared, tmp_path, monkeypatch):

@@ -139,7 +139,8 @@ def test_notebook_makes_every_item_and_latex_prints_it(tmp_path, monkeypatch, tr
     results.write(fakes["efficiency"](), "03_efficiency_analysis", profile="demo")
     results.write_table(fakes["gallery"](), "01_data_preparation.gallery", profile="demo")
     notebook = json.loads((paths.NOTEBOOKS / "09_thesis_figures.ipynb").read_text())
-    scope = {"display": lambda *tables: [table._repr_html_() for table in tables]}
+    show = lambda item: item._repr_html_() if hasattr(item, "_repr_html_") else item._repr_mimebundle_()
+    scope = {"display": lambda *items: [show(item) for item in items]}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), cell["id"], "exec"), scope)

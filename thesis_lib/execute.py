@@ -139,6 +139,7 @@ def _execute(run: Run, working: Path) -> str | None:
                 cwd=str(run.notebook.parent),
                 progress_bar=sys.stderr.isatty(),
                 start_timeout=180,
+                shutdown_kernel="immediate",  # all is written, and taking torch down by the book takes two seconds
             )
         except Exception as error:
             outcome.append(error)

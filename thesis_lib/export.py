@@ -22,6 +22,7 @@ from thesis_lib import efficiency, perceptual
 
 FILES = {"torch.export": "embed.pt2", "onnx": "embed.onnx"}
 INPUT, OUTPUT = "images", "embeddings"
+Exportable = perceptual.Metric | torch.export.ExportedProgram
 
 
 class _Embed(nn.Module):
@@ -42,16 +43,20 @@ def program(metric: perceptual.Metric) -> torch.export.ExportedProgram:
         return torch.export.export(_Embed(metric).eval(), (example,), dynamic_shapes=shapes)
 
 
-def save_program(metric: perceptual.Metric, path: str | Path) -> Path:
-    """Write the .pt2 file that `torch.export.load(path).module()` runs."""
+def _traced(metric: Exportable) -> torch.export.ExportedProgram:
+    return program(metric) if isinstance(metric, perceptual.Metric) else metric
+
+
+def save_program(metric: Exportable, path: str | Path) -> Path:
+    """Write the .pt2 file that `torch.export.load(path).module()` runs, of a metric or its `program`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.export.save(program(metric), path)
+    torch.export.save(_traced(metric), path)
     return path
 
 
-def save_onnx(metric: perceptual.Metric, path: str | Path) -> Path:
-    """Write an ONNX file with its weights inside, input "images", output "embeddings".
+def save_onnx(metric: Exportable, path: str | Path) -> Path:
+    """Write an ONNX file of a metric or its `program`, weights inside, input "images", output "embeddings".
 
     ModuleNotFoundError: torch's exporter needs the packages onnx and onnxscript (extra `export`).
     """
@@ -66,7 +71,7 @@ def save_onnx(metric: perceptual.Metric, path: str | Path) -> Path:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             torch.onnx.export(
-                program(metric),
+                _traced(metric),
                 (),
                 path,
                 input_names=[INPUT],
@@ -119,13 +124,14 @@ def compare(
     folder, recipe = Path(folder), metric.backbone.recipe
     run: dict[str, Callable[[Tensor], Tensor]] = {"eager": metric.cpu().eval()._embed}
     sizes = {"eager": sum(t.numel() * t.element_size() for t in metric.backbone.state_dict().values())}
-    sizes["torch.export"] = save_program(metric, folder / FILES["torch.export"]).stat().st_size
+    traced = program(metric)
+    sizes["torch.export"] = save_program(traced, folder / FILES["torch.export"]).stat().st_size
     run["torch.export"] = load(folder / FILES["torch.export"])
     absent = [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
     why = f"not installed: {', '.join(absent)}" if absent else None
     if not absent:
         try:
-            sizes["onnx"] = save_onnx(metric, folder / FILES["onnx"]).stat().st_size
+            sizes["onnx"] = save_onnx(traced, folder / FILES["onnx"]).stat().st_size
             run["onnx"] = load(folder / FILES["onnx"])
         except torch.onnx.OnnxExporterError:  # token merging sorts, for one
             why = "torch's exporter knows no ONNX form of one of its operations"

@@ -7,6 +7,7 @@ Under that model `pareto_plans` is exact; how far the model itself holds is for 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,15 +62,27 @@ def planned(metric: Metric, plan: Plan) -> Metric:
 
 
 def distil_plans(
-    teacher: Metric, plans: Sequence[Plan], pixels: Any, targets: Embeddings, val: Any, *, device: str, **options: Any
+    teacher: Metric,
+    plans: Sequence[Plan],
+    pixels: Any,
+    targets: Embeddings,
+    val: Any,
+    *,
+    device: str,
+    folder: Path,
+    **options: Any,
 ) -> list[Metric]:
     """Distil a student of each plan, from the teacher's weights; on a CPU side by side (`trainer.train_each`).
 
-    options: those of `distillation.distil`; every parameter is trained. The students are in eval mode and need no
-    gradients.
+    folder: where each has its checkpoint. options: those of `distillation.distil`; every parameter is trained. The
+    students are in eval mode and need no gradients.
     """
-    common = (pixels, targets, val, options | {"trainable": "all", "device": device, "progress": False})
-    return train_each(_distilled, [(planned(teacher, plan), *common) for plan in plans], device=device)
+    options |= {"trainable": "all", "device": device, "progress": False}
+    runs = []
+    for plan in plans:
+        checkpoint = folder / f"{plan.label.replace('/', '_')}.checkpoint"
+        runs.append((planned(teacher, plan), pixels, targets, val, options | {"checkpoint": checkpoint}))
+    return train_each(_distilled, runs, device=device)
 
 
 def _distilled(run: tuple[Metric, Any, Embeddings, Any, dict]) -> Metric:
