@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from thesis_lib.attention import KINDS, MIXERS, Cost, Mixer, get
@@ -303,6 +304,30 @@ def test_softmax_mixers_run_on_the_flash_kernel(name, prefix, attention, tokens)
         expected = mixer(x)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where inputs do not qualify
             assert_close(mixer(x), expected)
+
+
+class Poolings(TorchDispatchMode):
+    """Notes of every average pooling whether torch takes its input for channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels_last: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.avg_pool2d:  # its output has the layout it takes its input for
+            self.channels_last.append(out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous())
+        return out
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_are_pooled_as_they_lie(name, options, batch, attention, tokens):
+    """In channels-first order pooling is ten times slower on a CPU, which torch fell back to for a batch of one."""
+    mixer = get(name).from_attention(attention(), (8, 8), 1, **options)
+    with torch.no_grad(), Poolings() as seen:
+        mixer(tokens(batch=batch))
+    assert all(seen.channels_last) and (seen.channels_last or name != "pool")
 
 
 @functools.cache

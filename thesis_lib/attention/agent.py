@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thesis_lib.attention.base import SOFTMAX, Cost, integer
+from thesis_lib.attention.base import SOFTMAX, Cost, as_image, integer
 from thesis_lib.attention.cells import cell_count, cell_means, tiling
 from thesis_lib.attention.mha import MHA
 
@@ -79,7 +79,7 @@ class Agent(MHA):
 
     def local(self, v: Tensor) -> Tensor:
         """Convolve the values of the patches, (B, h, N, d_h); prefix tokens get nothing."""
-        image = v[:, :, self.prefix_tokens :].transpose(1, 2).flatten(2).mT.unflatten(-1, self.grid)  # (B, D, H, W)
+        image = as_image(v[:, :, self.prefix_tokens :].transpose(1, 2).flatten(2), self.grid)  # (B, D, H, W)
         return F.pad(self.split_heads(self.conv(image).flatten(2).mT), (0, 0, self.prefix_tokens, 0))
 
     def attention_map(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thesis_lib.attention.base import integer
+from thesis_lib.attention.base import as_image, integer
 
 
 def cell_count(name: str, value: object, grid: tuple[int, int], *, tiled: bool = True) -> int:
@@ -41,7 +41,7 @@ def cell_means(x: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tens
 
     Where the cells do not divide a side, those at its end are longer by one.
     """
-    image = x.mT.unflatten(-1, grid)  # (B, C, H, W)
+    image = as_image(x, grid)  # (B, C, H, W)
     (heights, widths) = (runs(side, count) for side, count in zip(grid, cells, strict=True))
     bands = []
     for band, height in zip(image.split([tokens for tokens, _ in heights], dim=-2), heights, strict=True):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thesis_lib.attention.base import Cost, Mixer
+from thesis_lib.attention.base import Cost, Mixer, as_image
 
 
 class Pool(Mixer):
@@ -33,7 +33,7 @@ class Pool(Mixer):
     def neighbour_mean(self, patches: Tensor) -> Tensor:
         """Mean of the valid neighbours of each patch, (B, P, C) -> (B, P, C)."""
         kernel = self.options["kernel"]
-        image = patches.mT.unflatten(-1, self.grid)  # (B, C, H, W), channels last in memory
+        image = as_image(patches, self.grid)  # (B, C, H, W)
         pooled = F.avg_pool2d(image, kernel, stride=1, padding=kernel // 2, count_include_pad=False)
         return pooled.flatten(2).mT
 

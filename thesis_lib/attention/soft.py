@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from thesis_lib.attention.base import (
     Cost,
     Mixer,
+    as_image,
     averaging_conv,
     divisor_of_grid,
     integer,
@@ -73,7 +74,7 @@ class SOFT(Mixer):
             means = cell_means(x, self.grid, self.cells) if self.cells else pool_cells(x, self.grid, self.ratio)
             cells = self.split_heads(means)
         else:
-            image = patches.flatten(0, 1).mT.unflatten(-1, self.grid)  # (B h, d_h, H, W)
+            image = as_image(patches.flatten(0, 1), self.grid)  # (B h, d_h, H, W)
             cells = self.reduction(image).flatten(2).mT.unflatten(0, q.shape[:2])
         return torch.cat([prefix, cells], dim=2)
 
