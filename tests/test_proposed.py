@@ -271,6 +271,14 @@ def test_each_step_costs_less_and_the_last_is_the_plan():
     assert list(proposed.steps("demo", Plan((KEEP,) * 3))) == ["whole", "class token only"]
 
 
+def test_a_deeper_model_merges_as_many_tokens_over_more_blocks():
+    made = proposed.steps("demo", Plan((KEEP,) * 3), merging=[0, 0.125, 0.25])
+    assert list(made)[:2] == ["whole", "merged tokens"]
+    assert made["merged tokens"].branches[0].vit.recipe["token_merging"]["r"] == [0, 0, 4, 4, 8, 8]  # of 64 patches
+    for metric in made.values():
+        assert torch.isfinite(metric.embed(images())).all()
+
+
 def test_speed_rows_compare_each_model_with_the_reference(teacher):
     small = proposed.planned(teacher, Plan((KEEP, *(DROP,) * 4, KEEP)))
     pictures = {name: (images(4) * 255).byte() for name in ("teacher", "small")}

@@ -26,6 +26,7 @@ from thesis_lib.embeddings import Embeddings
 from thesis_lib.layer_plan import DROP, KEEP, Plan, apply_plan
 from thesis_lib.perceptual import DTYPES, Metric
 from thesis_lib.statistics import paired_difference
+from thesis_lib.token_merging import merge_tokens
 from thesis_lib.trainer import train_each
 
 HALVE = "halve"  # the action that is no layer's own: from this block on the patches' grid is halved
@@ -237,10 +238,12 @@ def select(table: pd.DataFrame, teacher: str, *, within: float = 0.02) -> str:
     return able.loc[able["seconds"].idxmin(), "name"]
 
 
-def steps(name: str, plan: Plan, *, img_size: int | None = None) -> dict[str, nn.Module]:
+def steps(name: str, plan: Plan, *, merging: Sequence[float] = (), img_size: int | None = None) -> dict[str, nn.Module]:
     """Return a timm ViT with random weights on its way to the plan, one change more at each step: metrics by step.
 
-    Only the last, "class token only", is `Metric`, which cuts the last block; changes that the plan lacks are left out.
+    merging: the share of all patches that each block of the plan's own model merges (`token_merging`), in place of
+    other changes; a deeper model merges as many over more blocks. Changes that are not made are left out. Only the
+    last, "class token only", is `Metric`, which cuts the last block where that can be.
     """
     vit = backbone.create(name, pretrained=False, img_size=img_size)
     plan = plan.stretched(len(vit.blocks))
@@ -255,6 +258,11 @@ def steps(name: str, plan: Plan, *, img_size: int | None = None) -> dict[str, nn
     for step, form in forms.items():
         model = copy.deepcopy(vit)
         made[step] = DreamSim([Branch(model if form is None else apply_plan(model, **form.described()))])
+    if merging:
+        own, depth, patches = len(merging), len(vit.blocks), vit.patch_embed.num_patches
+        counts = [int(merging[i * own // depth] * own / depth * patches) for i in range(depth)]
+        step = "merged tokens"
+        made[step] = DreamSim([Branch(merge_tokens(copy.deepcopy(vit), counts))])
     final = Metric(made[step].branches[0].vit).eval().requires_grad_(False)
     if class_token.possible(final.backbone):
         made["class token only"] = final
