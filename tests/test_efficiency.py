@@ -201,14 +201,22 @@ def test_energy_is_the_counters_difference_over_images(monkeypatch):
 def test_rounds_rotate_and_pool():
     assert ["".join(order) for order in efficiency.rotated("abc", 4)] == ["abc", "bca", "cab", "abc"]
     common = {"backbone": "demo", "mixer": "mha", "image_size": 64, "tokens": 65, "dtype": "float32", "device": "cpu"}
-    rounds = [common | {"batch": 1} | efficiency.median_row("latency", times) for times in ([1, 2], [3, 4, 5])]
+    rounds = [common | {"batch": 1} | efficiency.median_row("latency", times) for times in ([10, 11], [11, 12, 12])]
     rounds[0]["sdpa"] = "flash"  # told by the first round alone
     rounds += 2 * [common | {"metric": "macs", "value": 7, "unit": "MAC", "n": 1}]
     rounds.append(common | {"batch": 1, "mode": "compiled"} | efficiency.median_row("latency", [9.0]))
     table = efficiency.pool_rounds(rounds)
     plain = table[table["mode"].isna()].set_index("metric")
-    assert (plain.value["latency"], plain.n["latency"], plain.value["macs"], len(plain)) == (3.0, 5, 7, 2)
+    assert (plain.value["latency"], plain.n["latency"], plain.value["macs"], len(plain)) == (11.0, 5, 7, 2)
     assert plain.sdpa["latency"] == "flash" and len(table) == 3
+
+
+@pytest.mark.parametrize(("metric", "quiet", "slow"), [("latency", 10.0, 16.0), ("throughput", 16.0, 10.0)])
+def test_rounds_that_the_machine_disturbed_are_left_out_and_counted(metric, quiet, slow):
+    rounds = [efficiency.median_row(metric, [value] * 4) for value in (slow, 1.1 * quiet, quiet, slow, quiet)]
+    (row,) = efficiency.pool_rounds(rounds).to_dict("records")
+    assert (row["value"], row["n"], row["rounds"], row["disturbed"]) == (quiet, 12, 5, 2)
+    assert row["low"] >= quiet and row["p95"] == pytest.approx(1.1 * quiet)
 
 
 def test_one_configuration_from_the_command_line(tmp_path):

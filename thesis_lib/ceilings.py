@@ -114,13 +114,13 @@ def measure(
     return Ceilings(device, dtype, torch.get_num_threads(), curves)
 
 
-def mean(parts: Sequence[Ceilings]) -> Ceilings:
-    """Average the times of several measurements of one device, format and thread count, point by point."""
+def best(parts: Sequence[Ceilings]) -> Ceilings:
+    """Take the shortest times of several measurements of one device, format and thread count, point by point."""
     curves = {}
     for family, curve in parts[0].curves.items():
         same = [part.curves[family] for part in parts]
-        rates = None if curve.rates is None else 1 / np.mean([1 / other.rates for other in same], axis=0)
-        curves[family] = Curve(float(np.mean([other.overhead for other in same])), curve.axes, rates)
+        rates = None if curve.rates is None else np.max([other.rates for other in same], axis=0)
+        curves[family] = Curve(min(other.overhead for other in same), curve.axes, rates)
     return replace(parts[0], curves=curves)
 
 

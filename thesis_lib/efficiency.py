@@ -42,6 +42,7 @@ __all__ += ["refusal", "rotated", "throughput", "time_forward"]
 KEYS = ["backbone", "mixer", "image_size", "tokens", "dtype", "device", "mode", "sdpa_pinned", "batch", "metric"]
 MODES = ("eager", "compiled")
 UNSERVED = ("macs", "params", "latency", "throughput", "peak_memory")  # the rows of a configuration that never ran
+DISTURBED = 1.2  # times the best round's median
 LARGEST_BATCH, RISE = 4096, 1.03  # the search for the best batch ends there, or where twice the batch gains less
 
 
@@ -196,16 +197,26 @@ def rotated(items: Sequence, rounds: int) -> list[list]:
 def pool_rounds(rows: Iterable[dict]) -> pd.DataFrame:
     """Merge the rounds of each configuration: samples are pooled and described anew, the rest is kept once.
 
-    The samples stay in a column of lists.
+    What else runs on a machine makes it slower, for seconds on end, never faster: a round whose median is worse than
+    the best round's by more than DISTURBED is left out, and `disturbed` counts these among the `rounds`. The samples
+    stay in a column of lists.
     """
-    merged: dict[tuple, dict] = {}
+    merged: dict[tuple, list[dict]] = {}
     for found in rows:
-        key = tuple(found.get(column) for column in KEYS)
-        kept = merged.setdefault(key, found)
-        if kept is not found and "samples" in found:
-            pooled = median_row(found["metric"], [*kept.get("samples", []), *found["samples"]])
-            merged[key] = found | kept | pooled | {"note": found.get("note")}
-    return pd.DataFrame(merged.values())
+        merged.setdefault(tuple(found.get(column) for column in KEYS), []).append(found)
+    return pd.DataFrame([_pooled(rounds) for rounds in merged.values()])
+
+
+def _pooled(rounds: Sequence[dict]) -> dict:
+    told = {key: value for found in reversed(rounds) for key, value in found.items()}  # by the first that says it
+    timed = [found for found in rounds if "samples" in found]
+    if not timed:
+        return told
+    cost = [1 / found["value"] if found["metric"] == "throughput" else found["value"] for found in timed]
+    kept = [found for found, own in zip(timed, cost, strict=True) if own <= DISTURBED * min(cost)]
+    pooled = median_row(kept[0]["metric"], [sample for found in kept for sample in found["samples"]])
+    counts = {"rounds": len(timed), "disturbed": len(timed) - len(kept), "note": timed[-1].get("note")}
+    return told | pooled | counts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
