@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 from thesis_lib import backbone, class_token, export, perceptual, proposed
 from thesis_lib.closed_form import count_macs
-from thesis_lib.layer_plan import DROP, KEEP, Plan, apply_plan
+from thesis_lib.layer_plan import DROP, KEEP, Plan, apply_plan, plan_of
 from thesis_lib.perceptual import Metric
+from thesis_lib.token_merging import merge_tokens
 
 DEPTH, TINY = 6, dict(img_size=32, patch_size=8, embed_dim=32, depth=6, num_heads=2, num_classes=0)
 
@@ -269,6 +270,14 @@ def test_each_step_costs_less_and_the_last_is_the_plan():
     assert macs == sorted(macs, reverse=True) and len(set(macs)) == len(macs)
     assert_close(made["halved grid"].embed(images()), made["class token only"].embed(images()), atol=1e-5, rtol=1e-4)
     assert list(proposed.steps("demo", Plan((KEEP,) * 3))) == ["whole", "class token only"]
+
+
+def test_a_model_says_its_plan(teacher):
+    plan = Plan(("mha", "pool", "drop", "mha", "drop", "mha"), merge=1)
+    assert plan_of(proposed.planned(teacher, plan).backbone) == (plan, [])
+    assert plan_of(backbone.create("demo", "sra", pretrained=False)) == (Plan(("sra",) * DEPTH), [])
+    merge_tokens(teacher.backbone, [0, 0, 0, 8, 8, 8])
+    assert plan_of(teacher.backbone) == (Plan((KEEP,) * DEPTH), [0, 0, 0, 0.125, 0.125, 0.125])
 
 
 def test_a_deeper_model_merges_as_many_tokens_over_more_blocks():

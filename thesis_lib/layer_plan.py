@@ -117,3 +117,10 @@ def apply_plan(model: VisionTransformer, actions: Sequence[str], merge: int | No
     if hasattr(model, "recipe"):
         model.recipe["plan"] = plan.described()
     return model
+
+
+def plan_of(model: VisionTransformer) -> tuple[Plan, list[float]]:
+    """Return the plan that a model's recipe says, and the share of its patches that each block merges, if any does."""
+    recipe = model.recipe
+    plan = Plan(**recipe["plan"]) if "plan" in recipe else Plan((recipe["mixer"],) * len(model.blocks))
+    return plan, [r / model.patch_embed.num_patches for r in recipe.get("token_merging", {"r": []})["r"]]
