@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from thesis_lib import backbone, comparators, paths, perceptual, proposed
+from thesis_lib import backbone, comparators, paths, perceptual, proposed_speed
 from thesis_lib.adaptive_speed import interleaved, passes
 from thesis_lib.layer_plan import Plan, apply_plan
 
@@ -114,7 +114,7 @@ def compare(ensemble: nn.Module, models: dict, batch: int, dtype: str, options: 
         tasks.update(passes({name: ready(embed, size, options.native)}, picture))
 
     for name, (model, size) in every.items():
-        embed = proposed.in_format(model.to(options.device), dtype)._embed
+        embed = proposed_speed.in_format(model.to(options.device), dtype)._embed
         add(name, torch.compile(embed) if options.compile else embed, size)
     package = package_ensemble(options.device)
     if package is not None and batch > 1:  # it drops the axis of a batch of one

@@ -2,6 +2,9 @@ import inspect
 import json
 import math
 import shutil
+import threading
+import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -201,6 +204,26 @@ def test_known_embeddings_are_reused_and_equal_files_embedded_once(prepared, wor
     assert not list(tmp_path.glob("*.tmp"))
     with pytest.raises(ValueError, match="12 rows, the pixels 46 images"):
         write_embeddings(metric(), prepared.pixels, nights, path, progress=False)
+
+
+def test_of_two_runs_at_a_time_one_embeds(prepared, tmp_path, monkeypatch, capsys):
+    """As the students of notebook 04, side by side: whoever comes second waits, and finds all done."""
+    embedded, started, embed = [], threading.Event(), perceptual.embed_pixels
+
+    def slow(*parts, indices, **options):
+        embedded.append(len(indices))
+        started.set()
+        time.sleep(1.5)  # the other has said that it waits
+        return embed(*parts, indices=indices, **options)
+
+    monkeypatch.setattr(perceptual, "embed_pixels", slow)
+    write = partial(write_embeddings, metric(), prepared.pixels, prepared.table, tmp_path / "t.parquet", progress=False)
+    first = threading.Thread(target=write)
+    first.start()
+    started.wait()
+    write()
+    first.join()
+    assert len(embedded) == 1 and "waiting for another run" in capsys.readouterr().out
 
 
 def test_skipped_images_are_left_out(world, tmp_path):

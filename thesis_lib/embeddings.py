@@ -21,6 +21,7 @@ from thesis_lib import perceptual
 from thesis_lib.checkpoint import digest
 from thesis_lib.datasets.folders import image_folder
 from thesis_lib.datasets.imagenet100 import ImageNet100
+from thesis_lib.processes import held
 
 COLUMNS = ["path", "digest", "split", "role"]
 HELD_OUT = ("val", "validation", "test")
@@ -91,46 +92,54 @@ def write_embeddings(
 ) -> Path:
     """Embed the images of `table`, its rows in the order of `pixels`, into a parquet file; leave out skipped images.
 
-    What an earlier file at `path` holds of the same model is reused. RuntimeError: the file cannot be written.
+    What an earlier file at `path` holds of the same model is reused; of several runs at a time one embeds, and the
+    others wait for it. RuntimeError: the file cannot be written.
     """
     path = Path(path)
     if len(table) != len(pixels):
         raise ValueError(f"the table has {len(table)} rows, the pixels {len(pixels)} images: cache those of this table")
     digests, model = np.asarray(pixels.digests), identity(metric)
-    known: dict[str, np.ndarray] = {}
-    if path.exists():
-        try:
-            before = read_embeddings(path, expect=model)
-            known = dict(zip(before.table["digest"], before.values.numpy(), strict=True))
-        except (ValueError, RuntimeError):  # of another model, or not whole: made anew
-            pass
-    fresh = {key: i for i, key in enumerate(digests) if pixels.usable[i] and key not in known}  # equal files once
-    if fresh:
-        values = perceptual.embed_pixels(
-            metric,
-            pixels,
-            indices=np.fromiter(fresh.values(), np.int64),
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            progress=progress,
-        )
-        known |= dict(zip(fresh, values.numpy(), strict=True))
-    rows = table.assign(digest=digests)[pixels.usable]
-    values = np.stack([known[key] for key in rows["digest"]]).astype(np.float32)  # (n, D)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        alone = held(path.with_name(path.name + ".lock"), f"waiting for another run that writes {path}")
+    except OSError as error:
+        raise RuntimeError(f"cannot write the embeddings to {path}: {error}") from error
+    with alone:
+        known = _known(path, model)
+        fresh = {key: i for i, key in enumerate(digests) if pixels.usable[i] and key not in known}  # equal files once
+        if fresh:
+            indices = np.fromiter(fresh.values(), np.int64)
+            options = {"batch_size": batch_size, "device": device, "dtype": dtype, "progress": progress}
+            values = perceptual.embed_pixels(metric, pixels, indices=indices, **options)
+            known |= dict(zip(fresh, values.numpy(), strict=True))
+        rows = table.assign(digest=digests)[pixels.usable]
+        _replace(path, rows, np.stack([known[key] for key in rows["digest"]]).astype(np.float32), model)
+    return path
+
+
+def _known(path: Path, model: dict) -> dict[str, np.ndarray]:
+    """Read what is there by digest; nothing where there is no file, or one of another model or not whole."""
+    if not path.exists():
+        return {}
+    try:
+        before = read_embeddings(path, expect=model)
+    except (ValueError, RuntimeError):
+        return {}
+    return dict(zip(before.table["digest"], before.values.numpy(), strict=True))
+
+
+def _replace(path: Path, rows: pd.DataFrame, values: np.ndarray, model: dict) -> None:
     columns = [pa.array(rows[name].astype(str), pa.string()) for name in COLUMNS]
     columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
     whole = pa.table(columns, names=[*COLUMNS, "embedding"], metadata={"model": json.dumps(model)})
     temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(whole, temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise RuntimeError(f"cannot write the embeddings to {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 def read_embeddings(path: str | Path, *, expect: nn.Module | dict | None = None) -> Embeddings:

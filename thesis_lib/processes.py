@@ -8,8 +8,11 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 
@@ -49,6 +52,16 @@ def side_by_side(
             for process in running:
                 process.join()
             raise
+
+
+def held(path: Path, waiting: str) -> AbstractContextManager:
+    """Hold a file lock against other processes until the context ends; where one has it, say `waiting` and wait."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        tqdm.write(waiting)
+        return lock.acquire()
 
 
 def _context() -> multiprocessing.context.BaseContext:

@@ -9,13 +9,13 @@ import os
 import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+
+from thesis_lib.processes import held
 
 # A damaged schema shows as a plain SQLITE_ERROR: no such column.
 CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
@@ -51,7 +51,7 @@ class Store:
     def open(self) -> Iterator["Index"]:
         """Lock the store against other processes and load its index; one that is corrupt is started anew."""
         self.data.parent.mkdir(parents=True, exist_ok=True)
-        with self._alone():
+        with held(self.data.with_suffix(".lock"), f"waiting for another process that fills {self.data}"):
             try:
                 index = Index(self)
             except sqlite3.DatabaseError as error:
@@ -64,14 +64,6 @@ class Store:
                 index = Index(self)
             with closing(index.database), index.file:
                 yield index
-
-    def _alone(self) -> AbstractContextManager:
-        lock = FileLock(self.data.with_suffix(".lock"))
-        try:
-            return lock.acquire(timeout=1)
-        except Timeout:
-            tqdm.write(f"waiting for another process that fills {self.data}")
-            return lock.acquire()
 
 
 class Index:
