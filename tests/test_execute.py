@@ -138,6 +138,17 @@ def test_success_moves_rows_with_their_provenance_and_the_executed_notebook(hous
     assert made_by["parameters"] == everything
 
 
+def test_an_executed_notebook_shows_its_own_run_alone(house):
+    notebook = house(TOUCH)
+    content = nbformat.read(notebook, as_version=4)
+    tagged = nbformat.v4.new_markdown_cell("In the committed run ...", metadata={"tags": [execute.COMMITTED]})
+    content.cells += [tagged, nbformat.v4.new_markdown_cell("What it means.")]
+    nbformat.write(content, notebook)
+    shown = nbformat.read(execute.execute(plan(notebook)), as_version=4).cells
+    assert [cell.source for cell in shown if cell.cell_type == "markdown"] == ["What it means."]
+    assert len(nbformat.read(notebook, as_version=4).cells) == len(content.cells)
+
+
 @pytest.mark.parametrize(
     ("cells", "message"),
     [

@@ -69,6 +69,12 @@ def test_holm_is_step_down_and_keeps_the_order():
     assert (summary.holm([0.5, 0.9]) == [1.0, 1.0]).all()
 
 
+@pytest.mark.parametrize("share", [0.7035, 0.4415, 0.0005, 0.12345, 1.0])
+def test_numbers_in_prose_are_rounded_as_the_tables_are(share):
+    column = (100 * pd.Series([share])).round(1)
+    assert latex.percentage(share) == f"{column[0]:.1f}"
+
+
 def test_comparison_shows_percent_intervals_and_bolds_the_best(rows, costs):
     table = tables.mixer_comparison(rows, costs)
     cells = {line[0]: line[1:] for line in body(table)}
@@ -195,6 +201,7 @@ def test_numbers_are_commands_of_letters(rows, triplets, costs, tmp_path):
         "PoolDistilledRecovered",
         "PoolMacs",
         "PoolLatency",
+        "PoolLatencyInterval",
         "SraLoraPoints",
     } <= found.keys()
     text = latex.write_numbers(found, tmp_path / "numbers.tex", source="a test").read_text()

@@ -3,6 +3,7 @@
 papermill executes; here an unknown parameter, a dead kernel, a cell that was never reached or a result that was not
 written is a failure with the cell's traceback. Results and the executed notebook wait aside and are moved when the
 notebook has succeeded; a failed run leaves <run>.failed.ipynb to look at, and whatever older results there were.
+Cells tagged `committed` tell what the demo in git showed: an executed notebook shows its own run and has none of them.
 Under torchrun every rank executes the notebook, and what rank 0 wrote is kept.
 """
 
@@ -35,6 +36,7 @@ from thesis_lib import gpu, paths, profiles
 
 # glibc gives large freed buffers back to the kernel and asks for them again, zeroed: 5 to 8 % of a step on a CPU.
 KEEP_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**32))
+COMMITTED = "committed"
 RESUME = "what had finished is kept: the same command goes on from there"
 
 
@@ -107,6 +109,8 @@ def execute(run: Run, output: Path | None = None) -> Path:
         with _environment(THESIS_RUN=json.dumps(about), **KEEP_MEMORY):
             problem = _execute(run, working)
         problem = problem or _unfinished(run, working, staging)
+        if working.is_file():
+            _leave_out_committed(working)
         if problem and rank == 0:
             _keep_failed(working, failed, problem)
         if problem:
@@ -188,6 +192,12 @@ def _unfinished(run: Run, working: Path, staging: Path) -> str | None:
         written = ", ".join(path.stem for path in staging.glob("*.parquet")) or "nothing"
         return f"it did not write {', '.join(missing)} (it wrote {written})"
     return None
+
+
+def _leave_out_committed(working: Path) -> None:
+    notebook = nbformat.read(working, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if COMMITTED not in cell.metadata.get("tags", [])]
+    nbformat.write(notebook, working)
 
 
 def _keep_failed(working: Path, failed: Path, problem: str) -> None:

@@ -23,6 +23,11 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:.{max(places, 0)}f}"
 
 
+def percentage(share: float) -> str:
+    """Return a share in per cent with one decimal, a half rounded as numpy rounds the columns of the tables."""
+    return f"{np.round(100 * share, 1):.1f}"
+
+
 def interval(low: float, high: float, *, digits: int | None = 1, scale: float = 1.0) -> str:
     """Return "[low, high]", or "" where there is none; `digits` decimals, or three significant digits for None."""
     ends = [scale * float(low), scale * float(high)]

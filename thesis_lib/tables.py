@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from thesis_lib.latex import INTERVAL, Table, interval, macro, p_text, significant
+from thesis_lib.latex import INTERVAL, Table, interval, macro, p_text, percentage, significant
 from thesis_lib.summary import (
     FEATURE,
     FEATURES,
@@ -273,7 +273,7 @@ def numbers(rows: pd.DataFrame, triplets: pd.DataFrame, efficiency_rows: pd.Data
     for row in [*main.itertuples(), *recovered(triplets).itertuples()]:
         name = macro(row.mixer, row.stage, *(["recovered"] if hasattr(row, "reference") else []))
         if np.isfinite(row.value):
-            found |= {name: f"{100 * row.value:.1f}", f"{name}Interval": interval(row.low, row.high, scale=100)}
+            found |= {name: percentage(row.value), f"{name}Interval": interval(row.low, row.high, scale=100)}
     if main["mixer"].nunique() > 1:
         for row in paired(triplets).itertuples():
             name = macro(row.mixer, row.stage)
@@ -285,4 +285,7 @@ def numbers(rows: pd.DataFrame, triplets: pd.DataFrame, efficiency_rows: pd.Data
         if efficiency_rows is not None and metric in set(efficiency_rows["metric"]):
             cost = costs(efficiency_rows, metric, **setting(main), embedding=True)
             found |= {macro(r.mixer, metric): significant(r.value / scale) for r in cost.itertuples()}
+            if metric == "latency":
+                ends = {f"{macro(r.mixer, metric)}Interval": (r.low, r.high) for r in cost.itertuples()}
+                found |= {name: interval(*pair, digits=None) for name, pair in ends.items()}
     return found

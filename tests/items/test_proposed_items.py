@@ -8,6 +8,7 @@ import pytest
 from thesis_lib import results
 from thesis_lib.items import proposed as items
 from thesis_lib.items import proposed_figures as figures
+from thesis_lib.latex import interval
 
 WHERE = {"backbone": "demo", "image_size": 64, "device": "cpu", "seed": 0, "threads": 2, "dataset": "NIGHTS"}
 PLANS = {"M-M-MM": (0.9, 3.0), "M-/M--M": (0.885, 1.5), "--P-M-": (0.7, 1.0)}
@@ -124,11 +125,12 @@ def test_numbers_are_the_test_splits_and_the_last_steps(rows):
     assert found["ProposedShare"].startswith("97.8 [") and found["ProposedPValue"] == "< 0.001"
     assert found["ProposedFieldSpeedupVitSOneSixFpThreeTwo"] == "36.6" and found["ProposedPlan"] == CHOSEN
     assert found["ProposedFieldSpeedupVitBOneSixBfOneSix"] == "12.0" and found["ProposedOwnSpeedupFpThreeTwo"] == "500"
-    assert (
-        found["ProposedSpeedup"] == "36.6"
-        and found["ProposedBlocks"] == "3 of 6"
-        and all(name.isalpha() for name in found)
-    )
+    assert found["ProposedSpeedup"] == "36.6" and found["ProposedBlocks"] == "3 of 6"
+    row = rows.query("stage == 'steps' and metric == 'speedup' and dtype == 'float32' and value.round(1) == 36.6").iloc[
+        0
+    ]
+    assert found["ProposedSpeedupInterval"] == interval(row["low"], row["high"], digits=None)
+    assert all(name.isalpha() for name in found)
 
 
 def test_a_share_that_cannot_be_had_is_called_undefined(rows):

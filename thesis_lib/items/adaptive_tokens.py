@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from thesis_lib import results
-from thesis_lib.latex import INTERVAL, Table, interval, macro, significant
+from thesis_lib.latex import INTERVAL, Table, interval, macro, percentage, significant
 from thesis_lib.placement import label_ends
 from thesis_lib.plots import QUIET, TEXTWIDTH, colour
 from thesis_lib.summary import STAGES, label, ordered
@@ -239,13 +239,14 @@ def numbers(rows: pd.DataFrame) -> dict[str, str]:
     """Name the numbers of the prose: token use, accuracies, speed-ups at the trained model's own token use, 2AFC."""
     found = {}
     for model in MODELS:
-        found[macro("adaptive", model, "accuracy")] = f"{100 * _one(rows, 'accuracy', model=model)['value']:.1f}"
+        found[macro("adaptive", model, "accuracy")] = percentage(_one(rows, "accuracy", model=model)["value"])
         found[macro("adaptive", model, "tokens")] = f"{100 * _one(rows, 'tokens', model=model)['value']:.0f}"
     times = _of(rows, "batch_time", stage="classifier", model="finetuned")
     times = times[times["batch"] == times["batch"].max()].set_index("engine")["value"]
     for engine in ("dense", "masked"):
         found[macro("adaptive", "speedup", engine)] = significant(times[engine] / times["removing"])
     score = _one(rows, "2afc", mixer="adaptive", split="test")
-    found[macro("adaptive", "2afc")] = f"{100 * score['value']:.1f} {interval(score['low'], score['high'], scale=100)}"
+    ends = interval(score["low"], score["high"], scale=100)
+    found[macro("adaptive", "2afc")] = f"{percentage(score['value'])} {ends}"
     found[macro("adaptive", "metric", "tokens")] = f"{100 * _one(rows, 'tokens', model='metric')['value']:.0f}"
     return found

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from thesis_lib import results
-from thesis_lib.latex import INTERVAL, Table, interval, macro, p_text, significant
+from thesis_lib.latex import INTERVAL, Table, interval, macro, p_text, percentage, significant
 from thesis_lib.plots import CHOSEN, QUIET, TEXTWIDTH
 from thesis_lib.statistics import paired_difference
 from thesis_lib.summary import label, ordered
@@ -231,7 +231,7 @@ def numbers(rows: pd.DataFrame, images: pd.DataFrame, triplets: pd.DataFrame) ->
         for row in accuracies(rows, part, metric).itertuples():
             words = ("attention", row.stage) if part == "main" else ("attention", row.mixer, row.stage, metric)
             name = macro(*words)
-            found |= {name: f"{100 * row.value:.1f}", f"{name}Interval": interval(row.low, row.high, scale=100)}
+            found |= {name: percentage(row.value), f"{name}Interval": interval(row.low, row.high, scale=100)}
     for stage, difference in against_scratch(images)["difference"].items():
         points = f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
         found[macro("attention", stage, "points")] = points

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator
 
 from thesis_lib import results
 from thesis_lib.items.classification_galleries import attention_gallery, head_gallery, sample_gallery
-from thesis_lib.latex import INTERVAL, Table, interval, macro, p_text, significant
+from thesis_lib.latex import INTERVAL, Table, interval, macro, p_text, percentage, significant
 from thesis_lib.placement import label_points
 from thesis_lib.plots import MARKERS, TEXTWIDTH, colour
 from thesis_lib.statistics import Paired, paired_difference
@@ -135,7 +135,7 @@ def numbers(rows: pd.DataFrame) -> dict[str, str]:
     found = {}
     for row in scores(rows).itertuples():
         words = ("classification", row.dataset, row.mixer)
-        found[macro(*words)] = f"{100 * row.value:.1f} %"
+        found[macro(*words)] = f"{percentage(row.value)} %"
         found[macro(*words, "interval")] = interval(row.low, row.high, scale=100)
         found[macro("classification", row.dataset, "n")] = f"{int(row.n)}"
     return found

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from thesis_lib.items.classification import against, scores
-from thesis_lib.latex import interval, significant
+from thesis_lib.latex import interval, percentage, significant
 from thesis_lib.summary import label, ordered
 
 LINEAR = ("linformer", "performer", "nystrom")  # the study's linear mixers, which the hybrid is compared with
@@ -30,7 +30,7 @@ def answers(rows: pd.DataFrame, images: pd.DataFrame) -> str:
 
 
 def _percent(row: pd.Series) -> str:
-    return f"{100 * row['value']:.1f} % {interval(row['low'], row['high'], scale=100)}"
+    return f"{percentage(row['value'])} % {interval(row['low'], row['high'], scale=100)}"
 
 
 def _trade_off(main: pd.DataFrame, cost: pd.Series, chance: float) -> str:

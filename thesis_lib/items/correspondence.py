@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from thesis_lib import plots, results
 from thesis_lib.items.correspondence_galleries import failures, features, matches
-from thesis_lib.latex import INTERVAL, Table, interval, macro
+from thesis_lib.latex import INTERVAL, Table, interval, macro, percentage
 from thesis_lib.placement import label_points
 from thesis_lib.summary import MIXERS, label
 
@@ -232,7 +232,7 @@ def numbers(rows: pd.DataFrame) -> dict[str, str]:
     for split, name in _splits(rows):
         for model, row in scores(rows, split=split).iterrows():
             if pd.notna(row["value"]):
-                found[macro("pck", name, *model.split())] = f"{100 * row['value']:.1f} %"
+                found[macro("pck", name, *model.split())] = f"{percentage(row['value'])} %"
     return found | {macro("pck", "pairs"): str(int(scores(rows)["n"].iloc[0]))}
 
 

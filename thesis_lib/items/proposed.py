@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from thesis_lib import results
 from thesis_lib.items.proposed_figures import FORMATS, NOTEBOOK, SHORT, front, name_of, of, one, sensitivity, steps
-from thesis_lib.latex import INTERVAL, Table, interval, macro, p_text, significant
+from thesis_lib.latex import INTERVAL, Table, interval, macro, p_text, percentage, significant
 
 CAPTIONS = {
     "proposed_candidates": "The candidates: 2AFC on val, cost, and time in turn. The rule takes the fastest of the "
@@ -151,7 +151,7 @@ def numbers(rows: pd.DataFrame) -> dict[str, str]:
     found = {
         macro("proposed", name): "undefined"
         if pd.isna(row["value"])
-        else f"{100 * row['value']:.1f} {interval(row['low'], row['high'], scale=100)}"
+        else f"{percentage(row['value'])} {interval(row['low'], row['high'], scale=100)}"
         for name, row in (("accuracy", scores["proposed"]), ("teacher accuracy", scores["teacher"]), ("share", share))
     }
     found[macro("proposed", "triplets")] = str(int(share["n"]))
@@ -166,8 +166,10 @@ def numbers(rows: pd.DataFrame) -> dict[str, str]:
         ratios = of(rows, stage="steps", metric="speedup", dtype=dtype)
         for vit in dict.fromkeys(m.split(": ")[0] for m in ratios["model"] if ": " in m):
             last = ratios[ratios["model"].str.startswith(f"{vit}: ")].iloc[-1]
-            found[macro("proposed", "field speedup", SHORT.get(vit, vit), FORMATS[dtype])] = significant(last["value"])
-            found.setdefault(macro("proposed", "speedup"), significant(last["value"]))  # of the first backbone, fp32
+            shown = {"": significant(last["value"]), "Interval": interval(last["low"], last["high"], digits=None)}
+            for ending, text in shown.items():
+                found[macro("proposed", "field speedup", SHORT.get(vit, vit), FORMATS[dtype]) + ending] = text
+                found.setdefault(macro("proposed", "speedup") + ending, text)  # of the first backbone, fp32
     for metric in ("macs", "params"):
         cost = one(rows, stage="own scale", metric=metric, model="proposed")["value"]
         found[macro("proposed", metric)] = significant(cost / 1e6)
