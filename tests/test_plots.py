@@ -178,6 +178,9 @@ def test_labels_in_a_crowd_cover_neither_one_another_nor_the_error_bars():
             assert not boxes[name].overlaps(Bbox(ax.transData.transform([(x, low), (x, high)]))), name
     lines = [text for text in ax.texts if getattr(text, "arrow_patch", None)]
     assert 0 < len(lines) < len(crowd)  # only who found no room beside the point
+    for line in lines:
+        end = ax.transData.transform(line.xy) + np.array(line.xyann) * figure.dpi / 72
+        assert not [name for name, box in boxes.items() if box.contains(*end)]  # it stops before the name
 
 
 @pytest.mark.parametrize("taken", [(), (9.5,), (9.5, 7.5, 0.5), (0.5, 3.0)])

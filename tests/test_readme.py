@@ -45,7 +45,7 @@ def printed(numbers) -> set[str]:
     """Every number with its interval that stands in the committed numbers and tables: "90.2 [87.9, 92.4]"."""
     found = {f"{value} {numbers[f'{name}Interval']}" for name, value in numbers.items() if f"{name}Interval" in numbers}
     found = {plain(text) for text in found | set(numbers.values())}
-    for path in sorted((paths.FIGURES / "demo" / "tables").glob("*.tex")):
+    for path in sorted((paths.ROOT / "figures" / "demo" / "tables").glob("*.tex")):
         for line in committed(f"tables/{path.name}").splitlines():
             cells = [plain(cell) for cell in line.split("&")]
             found |= {f"{value} {ends}" for value, ends in itertools.pairwise(cells) if ends.startswith("[")}

@@ -53,6 +53,7 @@ def label_points(
             way = place + np.linspace(0, radius * figure.dpi / 72, 20)[:, None] * np.array([dx, dy])
             if radius > 11 and any(other.contains(*at) for other in others for at in way):
                 covered += area
+            way = np.array([at for at in way if not box.contains(*at)])  # up to the name, not into it
             tried.append((covered, radius, text.get_position(), side, box, way))
             if covered == 0:
                 break
@@ -61,7 +62,8 @@ def label_points(
         texts.append(box)
         if radius > 11:
             line = {"arrowstyle": "-", "color": tint, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
-            ax.annotate("", (x, y), position, textcoords="offset points", arrowprops=line)
+            end = (way[-1] - place) * 72 / figure.dpi
+            ax.annotate("", (x, y), end, textcoords="offset points", arrowprops=line)
             data += [Bbox.from_extents(*(at - 1), *(at + 1)) for at in way]
 
 
@@ -108,4 +110,6 @@ def label_ends(ax: Axes, ends: list[tuple[str, float, float, str]]) -> None:
         place[1:] += 0.5 * overlap
         place = np.maximum(place, lowest)
     for (text, x, y, tint), shift in zip(ends, place - wanted, strict=True):
-        ax.annotate(text, (x, y), (8, shift), textcoords="offset points", color=tint, fontsize=8, va="center")
+        ax.annotate(
+            text, (x, y), (8, shift), textcoords="offset points", color=tint, fontsize=8, va="center", bbox=PAPER
+        )

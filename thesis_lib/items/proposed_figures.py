@@ -106,7 +106,7 @@ def front(rows: pd.DataFrame) -> Figure:
     right.set_xticks([t * 10.0**e for e in range(-3, 3) for t in (1, 1.5, 2, 3, 5, 7) if low <= t * 10.0**e <= high])
     right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     right.minorticks_off()
-    right.margins(x=0.15)
+    right.margins(x=0.2, y=0.15)
     right.set(xlabel="measured time of one image (ms)", ylabel="2AFC on val (%)")
     label_points(right, points, spans=spans)
     return figure
