@@ -13,9 +13,16 @@ import pytest
 from matplotlib.transforms import Bbox
 
 from thesis_lib import paths, plots, results, summary
-from thesis_lib.placement import apart, label_line, label_points
+from thesis_lib.placement import apart, label_ends, label_line, label_points
 
 fakes = runpy.run_path(str(Path(__file__).with_name("fakes.py")))
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """Close the figures of each test: pyplot keeps them, and warns of too many."""
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,6 +115,17 @@ def test_latency_names_lines_at_their_ends(rows):
         plots.latency_against_tokens(fakes["efficiency"](), backbone="another")
 
 
+def test_a_crowd_at_the_ends_of_lines_is_moved_apart_whole():
+    ax = plt.subplots(figsize=(5.9, 3.0))[1]
+    values = (53.2, 46.8, 44.9, 41.3, 40.9, 38.2, 35.0, 31.9, 31.4, 20.2, 16.1)
+    ax.set(yscale="log", xlim=(0, 1.3), ylim=(3.7, 61))
+    label_ends(ax, [(summary.label(m), 1.0, v, "black") for m, v in zip(summary.MIXERS, values, strict=False)])
+    assert_apart(ax)
+    assert len(names_of_mixers(ax)) == len(values)
+    heights = [-text.get_window_extent().y0 for text in ax.texts][::-1]
+    assert heights == sorted(heights)
+
+
 def test_gallery_frames_the_chosen_picture():
     table = fakes["gallery"](3)
     figure = plots.triplet_gallery(table)
@@ -160,7 +178,6 @@ def test_notebook_makes_every_item_and_latex_prints_it(tmp_path, monkeypatch, tr
 
 
 def test_labels_in_a_crowd_cover_neither_one_another_nor_the_error_bars():
-    plt.close("all")
     figure, ax = plt.subplots(figsize=(2.2, 2.2))
     crowd = [("Nyströmformer", 4.0, 90), ("SRA", 1.0, 89), ("MoH", 2.0, 86), ("Agent", 2.3, 85), ("Performer", 3.1, 84)]
     spans = [(x, y - 3, y + 3) for _, x, y in crowd]

@@ -98,18 +98,28 @@ def _shared(a: Bbox, b: Bbox) -> float:
 
 def label_ends(ax: Axes, ends: list[tuple[str, float, float, str]]) -> None:
     """Write (text, x, y, colour) at the right ends of lines, moved apart vertically until none overlaps the next."""
-    ax.figure.draw_without_rendering()
     ends = sorted(ends, key=lambda end: end[2])
-    point, height = 72 / ax.figure.dpi, 9.5  # a line of 8-point type
-    wanted = point * np.array([ax.transData.transform(end[1:3])[1] for end in ends])
-    lowest = point * ax.bbox.y0 + height * (np.arange(len(ends)) + 0.5)
+    texts = [
+        ax.annotate(text, (x, y), (8, 0), textcoords="offset points", color=tint, fontsize=8, va="center", bbox=PAPER)
+        for text, x, y, tint in ends
+    ]
+    for _ in range(3):  # names above the frame make the layout lower it, which moves the ends
+        ax.figure.draw_without_rendering()
+        point = 72 / ax.figure.dpi
+        wanted = point * np.array([ax.transData.transform(end[1:3])[1] for end in ends])
+        for text, shift in zip(texts, _moved_apart(wanted, point * ax.bbox.y0) - wanted, strict=True):
+            text.set_position((8, shift))
+
+
+def _moved_apart(wanted: np.ndarray, bottom: float, height: float = 9.5) -> np.ndarray:
+    """Move heights on paper, ascending, until each is a line of 8-point type above the one before."""
+    lowest = bottom + height * (np.arange(len(wanted)) + 0.5)
     place = np.maximum(wanted, lowest)
-    for _ in range(200):  # neighbours push each other apart, half each
+    for _ in range(5000):  # neighbours push each other apart, half each
         overlap = np.maximum(height - np.diff(place), 0)
+        if not (overlap > 0.01).any():
+            break
         place[:-1] -= 0.5 * overlap
         place[1:] += 0.5 * overlap
         place = np.maximum(place, lowest)
-    for (text, x, y, tint), shift in zip(ends, place - wanted, strict=True):
-        ax.annotate(
-            text, (x, y), (8, shift), textcoords="offset points", color=tint, fontsize=8, va="center", bbox=PAPER
-        )
+    return place
