@@ -1,9 +1,13 @@
 """Tables, figures and numbers of the studies beside the main one, from result rows alone, without torch."""
 
 import importlib
-from types import ModuleType
+from dataclasses import dataclass
+from pathlib import Path
 
-from thesis_lib import paths
+import matplotlib.pyplot as plt
+
+from thesis_lib import paths, plots
+from thesis_lib.latex import Table
 
 STUDIES = {  # by the result that shows that the study has run
     "03_efficiency_analysis.predictions": "efficiency",
@@ -15,11 +19,39 @@ STUDIES = {  # by the result that shows that the study has run
 }
 
 
-def studies(profile: str) -> list[ModuleType]:
-    """Import the modules of those studies whose notebook has run, in the notebooks' order.
+@dataclass(frozen=True)
+class Written:
+    """What a study gave the thesis: tables and captions by file stem, files in the order made, numbers by macro."""
+
+    tables: dict[str, Table]
+    captions: dict[str, str]
+    files: list[Path]
+    numbers: dict[str, str]
+
+    @property
+    def pictures(self) -> list[Path]:
+        return [path for path in self.files if path.suffix == ".png"]
+
+
+def studies(profile: str) -> list[str]:
+    """Name the modules of those studies whose notebook has run, in the notebooks' order.
 
     Each has CAPTIONS (by file stem) and make(profile), which returns tables and figures by file stem, and numbers by
     LaTeX macro.
     """
-    ran = [name for result, name in STUDIES.items() if (paths.RESULTS / profile / f"{result}.parquet").is_file()]
-    return [importlib.import_module(f"{__name__}.{name}") for name in ran]
+    return [name for result, name in STUDIES.items() if (paths.RESULTS / profile / f"{result}.parquet").is_file()]
+
+
+def write(study: str, *, profile: str, folder: Path, source: str) -> Written:
+    """Make a study's tables and figures from its rows, in the thesis's style, and write them below `folder`.
+
+    source: what the first line of each LaTeX file says. Raises what the study's `make` raises.
+    """
+    module = importlib.import_module(f"{__name__}.{study}")
+    plots.set_theme()
+    tables, figures, numbers = module.make(profile)
+    files = [table.write(folder / "tables" / f"{name}.tex", source=source) for name, table in tables.items()]
+    for name, figure in figures.items():
+        files += plots.save(figure, folder / name)
+        plt.close(figure)
+    return Written(tables, {name: module.CAPTIONS[name] for name in (*tables, *figures)}, files, numbers)
