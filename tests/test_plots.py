@@ -122,7 +122,7 @@ def test_a_crowd_at_the_ends_of_lines_is_moved_apart_whole():
     label_ends(ax, [(summary.label(m), 1.0, v, "black") for m, v in zip(summary.MIXERS, values, strict=False)])
     assert_apart(ax)
     assert len(names_of_mixers(ax)) == len(values)
-    heights = [-text.get_window_extent().y0 for text in ax.texts][::-1]
+    heights = [text.get_window_extent().y0 for text in ax.texts]
     assert heights == sorted(heights)
 
 
