@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from proposed_models import images, untrained_teacher
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch.testing import assert_close
 
@@ -16,14 +17,9 @@ from thesis_lib.token_merging import merge_tokens
 DEPTH, TINY = 6, dict(img_size=32, patch_size=8, embed_dim=32, depth=6, num_heads=2, num_classes=0)
 
 
-def images(count: int = 2, size: int = 64) -> torch.Tensor:
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.fixture
 def teacher() -> Metric:
-    torch.manual_seed(0)
-    return Metric(backbone.create("demo", "mha", pretrained=False)).requires_grad_(False)
+    return untrained_teacher()
 
 
 @pytest.fixture

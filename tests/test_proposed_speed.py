@@ -1,23 +1,19 @@
 import pandas as pd
 import pytest
 import torch
+from proposed_models import images, untrained_teacher
 from torch.testing import assert_close
 
-from thesis_lib import backbone, perceptual, proposed_speed
+from thesis_lib import perceptual, proposed_speed
 from thesis_lib.closed_form import count_macs
 from thesis_lib.layer_plan import DROP, KEEP, Plan
 from thesis_lib.perceptual import Metric
 from thesis_lib.proposed import planned
 
 
-def images(count: int = 2, size: int = 64) -> torch.Tensor:
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.fixture
 def teacher() -> Metric:
-    torch.manual_seed(0)
-    return Metric(backbone.create("demo", "mha", pretrained=False)).requires_grad_(False)
+    return untrained_teacher()
 
 
 class Bytes:
