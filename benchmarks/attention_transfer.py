@@ -3,7 +3,7 @@
     python benchmarks/attention_transfer.py [--backbone demo] [--batch-size 32] [--device cpu]
 
 As published: all layers and no drop path for copy, the first three quarters of the layers and drop path 0.2 for
-distillation; --end-layer and --drop-path set both otherwise.
+distillation. Then both of them with half of the layers. --end-layer and --drop-path set both otherwise.
 
 The plain version is what the equations say read literally: the teacher runs through all of its layers and keeps each
 layer's logits; a copying student still projects q and k; a distilled one takes softmax and log-softmax of the same
@@ -97,8 +97,8 @@ def objective(model: nn.Module, x: Tensor, masks: Tensor | None, labels: Tensor)
     if isinstance(model, PlainPair):
         logits, loss = model(x, None if masks is None else masks.to(x.device))
     else:
-        tokens, loss = model.tokens(x)
-        logits = model.head(tokens)
+        features, loss = model.features(x)
+        logits = model.head(features)
     return F.cross_entropy(logits, labels) + 3.0 * loss
 
 
@@ -113,9 +113,16 @@ def main() -> None:
     options = parser.parse_args()
     if not KEEP_MEMORY.items() <= os.environ.items():  # the allocator reads it at the start of a process
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
-    device, quarter = torch.device(options.device), len(backbone.create(options.backbone, pretrained=False).blocks) // 4
-    for mode, end_layer, drop_path in (("copy", 0, 0.0), ("distill", -quarter, 0.2)):
-        end_layer = end_layer if options.end_layer is None else options.end_layer
+    device, depth = torch.device(options.device), len(backbone.create(options.backbone, pretrained=False).blocks)
+    cases = [
+        ("copy", 0, 0.0),
+        ("distill", -(depth // 4), 0.2),
+        ("copy", -(depth // 2), 0.0),
+        ("distill", -(depth // 2), 0.2),
+    ]
+    if options.end_layer is not None:
+        cases = [(mode, options.end_layer, drop_path) for mode, _, drop_path in cases[:2]]
+    for mode, end_layer, drop_path in cases:
         drop_path = drop_path if options.drop_path is None else options.drop_path
         torch.manual_seed(0)
         plain, ours = (model.to(device).train() for model in build(options.backbone, mode, end_layer))

@@ -63,8 +63,8 @@ def plain_pair(*arguments):
 
 
 def losses(model, images=IMAGES):
-    tokens, gap = model.tokens(images)
-    return F.cross_entropy(model.head(tokens), LABELS), gap
+    features, gap = model.features(images)
+    return F.cross_entropy(model.head(features), LABELS), gap
 
 
 @pytest.mark.parametrize(("end_layer", "count"), [(0, 12), (-3, 9), (-6, 6), (-12, 0)])
@@ -76,14 +76,25 @@ def test_end_layer_is_the_number_of_layers_left_out_at_the_end(end_layer, count)
     assert copied == list(range(count)) and (model.teacher is None) == (count == 0)
 
 
+POOLING = [  # what a head reads of the last block, and options of the student that make it so
+    ("mean", {}),
+    ("token", {"global_pool": "token"}),
+    ("all", {"fc_norm": False}),
+    ("all", {"pool_include_prefix": True}),
+    ("all", {"global_pool": "max"}),
+]
+
+
 @pytest.mark.parametrize("mode", ["copy", "distill"])
 @pytest.mark.parametrize(("end_layer", "drop_path"), [(0, 0.0), (-1, 0.0), (0, 0.6)])
-def test_loss_and_gradients_equal_the_plain_pair_of_networks(mode, end_layer, drop_path):
-    teacher, student = vit(), pupil()
+@pytest.mark.parametrize(("read", "options"), POOLING)
+def test_loss_and_gradients_equal_the_plain_pair_of_networks(mode, end_layer, drop_path, read, options):
+    teacher, student = vit(), pupil(init_values=0.5, **options)
     module, plain = plain_pair(copy.deepcopy(teacher), copy.deepcopy(student), mode, 4 + end_layer)
     ours = AttentionTransfer(student, teacher, mode=mode, end_layer=end_layer, drop_path=drop_path)
     masks = ours.draw_masks(6) if drop_path else None
     ours.draw_masks = lambda batch: masks
+    assert ours.reads == read
     task, gap = losses(ours.train())
     (task + 3 * gap).backward()
     logits, expected = plain.train()((IMAGES - ours.mean) / ours.std, masks)
@@ -238,12 +249,19 @@ def test_the_teacher_does_no_more_than_is_asked():
     assert count_macs(half, IMAGES[:1]) == alone - 4 * block + 17 * 32**2 + 17**2 * 16
 
 
-def test_the_copying_student_saves_what_it_does_not_compute():
-    student, teacher = pupil(), vit()
+@pytest.mark.parametrize(("pool", "unread"), [("avg", (4 + 4 * 16) * 32**2), ("token", 8 * 16 * 32**2), ("max", 0)])
+def test_the_copying_student_saves_what_it_does_not_compute(pool, unread):
+    """No queries and keys; of the last MLP what the head reads, the mean of 16 patches projected once, or one of 17."""
+    student, teacher = pupil(global_pool=pool), vit()
     own = count_macs(student, IMAGES[:1])
     teaching = count_macs(Teacher(copy.deepcopy(teacher)), IMAGES[:1])
     model = AttentionTransfer(student, teacher, mode="copy").eval()
-    assert count_macs(model, IMAGES[:1]) == teaching + own - 4 * (2 * 17 * 32**2 + 17**2 * 32)
+    assert count_macs(model, IMAGES[:1]) == teaching + own - 4 * (2 * 17 * 32**2 + 17**2 * 32) - unread
+
+
+def test_dropout_in_the_last_mlp_is_drawn_for_each_token():
+    model = AttentionTransfer(pupil(proj_drop_rate=0.3), vit(), mode="copy")
+    assert model.reads == "all" and model.train()(IMAGES).shape == (6, 5)
 
 
 @pytest.mark.parametrize("average", ["heads", "queries"])
@@ -281,9 +299,9 @@ def test_teacher_and_student_drop_the_same_branches():
     forward = model.teacher.forward
     model.teacher.forward = lambda x, masks: used.append(masks) or forward(x, masks)
     model.draw_masks = lambda batch: masks[:, :, :batch]
-    model.tokens(IMAGES)
+    model.features(IMAGES)
     assert torch.equal(used[0], masks[:, :, :6])
-    model.eval().tokens(IMAGES)
+    model.eval().features(IMAGES)
     assert len(used) == 1  # alone, and whole, when it is judged
 
 
@@ -298,7 +316,7 @@ def test_a_mixer_learns_attention_on_its_own_keys(mixer):
     optimizer = torch.optim.Adam(model.student.parameters(), lr=3e-3)
     for _ in range(12):
         optimizer.zero_grad()
-        model.tokens(IMAGES)[1].backward()
+        model.features(IMAGES)[1].backward()
         optimizer.step()
     assert math.isfinite(before) and attention_gap(model, IMAGES) < 0.9 * before
 
@@ -466,13 +484,13 @@ def test_an_interrupted_run_resumed_by_allow_is_the_unbroken_one_bit_for_bit(tmp
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return tokens(self, images)
+        return features(self, images)
 
-    tokens = AttentionTransfer.tokens
+    features = AttentionTransfer.features
     monkeypatch.setattr(
         AttentionTransfer,
-        "tokens",
-        lambda self, images: interrupted(self, images) if self.training else tokens(self, images),
+        "features",
+        lambda self, images: interrupted(self, images) if self.training else features(self, images),
     )
     with pytest.raises(KeyboardInterrupt):
         trained(broken, checkpoint=tmp_path / "run", resume="allow")

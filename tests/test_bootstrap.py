@@ -84,11 +84,34 @@ def test_two_do_not_make_it_at_once(checkout):
     assert calls(checkout) == []
 
 
-def test_without_uv_an_old_python_is_refused(checkout):
+PYTHON = """#!{executable}
+import sys
+if sys.argv[1] == "--version":
+    print("Python {version}")
+elif sys.argv[1] == "-c" and "version_info" in sys.argv[2]:
+    sys.version_info = tuple(map(int, "{version}".split(".")))
+    exec(sys.argv[2])
+else:
+    sys.exit("the Python that is taken")
+"""
+
+
+@pytest.mark.parametrize("version", ["3.9.2", "3.10.14", "3.15.0", "4.0.0"])
+def test_without_uv_a_python_that_the_pins_are_not_for_is_refused(checkout, version):
     (checkout / "bin" / "uv").unlink()
-    script(checkout / "bin" / "python3", '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit 0\nexit 1\n')
+    script(checkout / "bin" / "python3", PYTHON.format(executable=sys.executable, version=version))
     refused = bootstrap(checkout)
-    assert refused.returncode == 1 and "Python 3.11 or newer is needed; here is Python 3.9.2" in refused.stderr
+    assert refused.returncode == 1 and f"here is Python {version}. Install one of them" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("others", "taken"), [({"python3": "3.11.0"}, "python3"), ({"python3.14": "3.14.2"}, "python3.14")]
+)
+def test_without_uv_a_python_that_suits_is_taken_before_a_newer_one(checkout, others, taken):
+    (checkout / "bin" / "uv").unlink()
+    for name, version in {"python3": "3.15.0", **others}.items():
+        script(checkout / "bin" / name, PYTHON.format(executable=sys.executable, version=version))
+    assert f"{checkout}/bin/{taken} cannot make environments" in bootstrap(checkout).stderr
 
 
 def test_an_active_environment_is_used_as_it_is_if_it_has_what_is_needed():

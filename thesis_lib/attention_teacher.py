@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
+from timm.layers import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -97,6 +98,25 @@ def project(block: Block, _: Tensor, mixed: Tensor) -> Tensor:
 def feed_forward(block: Block, x: Tensor) -> Tensor:
     """Return a block's MLP branch of x (B, N, D), without drop path."""
     return block.ls2(block.mlp(block.norm2(x)))
+
+
+def reads(model: VisionTransformer) -> str:
+    """Say what the head reads of the last block: its class "token", the "mean" of its patches, or "all" tokens.
+
+    "mean" where that mean may be taken before the block's last projection: no norm and no dropout lies between.
+    """
+    if model.attn_pool is not None or model.pool_include_prefix:
+        return "all"
+    mlp, plain = model.blocks[-1].mlp, isinstance(model.norm, nn.Identity)
+    plain &= type(mlp) is Mlp and type(mlp.fc2) is nn.Linear and not mlp.drop2.p
+    return {"token": "token", "avg": "mean" if plain else "all"}.get(model.global_pool, "all")
+
+
+def mean_feed_forward(block: Block, _: Tensor, patches: Tensor) -> Tensor:
+    """Return the mean over patches (B, N, D) of the MLP branch, (B, 1, D): the last projection of their mean."""
+    mlp = block.mlp
+    hidden = mlp.norm(mlp.drop1(mlp.act(mlp.fc1(block.norm2(patches)))))  # (B, N, 4 D)
+    return block.ls2(mlp.fc2(hidden.mean(1, keepdim=True)))
 
 
 def take_rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:

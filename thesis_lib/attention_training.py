@@ -114,8 +114,8 @@ def train_classifier(
 
     def loss(trained: AttentionTransfer, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, targets = prepare(*batch)
-        tokens, attention = trained.tokens(images)
-        return criterion(trained.head(tokens), targets) + atd_weight * attention
+        features, attention = trained.features(images)
+        return criterion(trained.head(features), targets) + atd_weight * attention
 
     def evaluate(judged: AttentionTransfer, epoch: int) -> dict[str, float]:
         logits, right = predict(judged, val[0], batch_size=batch_size), torch.as_tensor(val[1])
@@ -198,7 +198,7 @@ def attention_gap(model: AttentionTransfer, images: Tensor) -> float:
     model.drop_path, model.excess = 0.0, True
     try:
         with torch.no_grad():
-            return float(model.train().tokens(images)[1]) / len(model.teacher.layers)
+            return float(model.train().features(images)[1]) / len(model.teacher.layers)
     finally:
         model.excess = False
         model.train(was_training).drop_path = rate
@@ -234,6 +234,7 @@ def distil_metric(
         raise ValueError('student and teacher must have feature="cls" and normalize=True')
     mode = "distill" if attention else "none"
     model = AttentionTransfer(student.backbone, teacher.backbone, mode=mode, layers=layers, heads=heads)
+    model.reads = "token"  # whatever the backbone would pool for a head
     where = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     home = next(teacher.parameters()).device
     targets = perceptual.embed_pixels(teacher, pixels, batch_size=batch_size, device=where, progress=False)
@@ -247,8 +248,8 @@ def distil_metric(
 
     def loss(trained: AttentionTransfer, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, target = batch
-        tokens, gap = trained.tokens(images.float() / 255)
-        cls = tokens[:, 0]  # (b, D); centred, its cosine is what `Metric` measures
+        features, gap = trained.features(images.float() / 255)
+        cls = features[:, 0]  # (b, D); centred, its cosine is what `Metric` measures
         # Even at weight 0 the second part keeps every parameter in the graph, as gradient averaging needs.
         return attention * gap + embedding * perceptual.distance(cls - cls.mean(-1, keepdim=True), target).mean()
 

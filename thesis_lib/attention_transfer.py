@@ -34,9 +34,11 @@ from thesis_lib.attention_teacher import (
     feed_forward,
     first_tokens,
     head_rows,
+    mean_feed_forward,
     mix,
     on_key_set,
     project,
+    reads,
     take_rows,
     transferred_layers,
 )
@@ -185,7 +187,7 @@ class AttentionTransfer(nn.Module):
                 attn = student.blocks[i].attn
                 if self.copies:
                     student.blocks[i].attn = CopiedAttention(attn, self.tensor, give.heads)
-        self.student = student
+        self.student, self.reads = student, reads(student)
         mean, std = backbones.normalization(student if teacher is None else teacher)
         like = next(student.parameters())
         for name, value in (("mean", mean), ("std", std)):
@@ -224,14 +226,21 @@ class AttentionTransfer(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.tokens(images)[0])
+        return self.head(self.features(images)[0])
 
-    def head(self, tokens: Tensor) -> Tensor:
-        """Return the logits (B, classes) for the last block's tokens (B, N, D)."""
-        return self.student.forward_head(self.student.norm(tokens))
+    def head(self, features: Tensor) -> Tensor:
+        """Return the logits (B, classes) for what `features` returns."""
+        student = self.student
+        if self.reads == "mean":
+            return student.head(student.head_drop(student.fc_norm(features[:, 0])))
+        return student.forward_head(student.norm(features))
 
-    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Return the last block's tokens (B, N, D) and, where attention is distilled in training, its loss (else 0)."""
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Return what the head reads of the last block and, where attention is distilled in training, its loss, else 0.
+
+        That is the class token or the mean of the patches, (B, 1, D), before the final norm; all tokens (B, N, D) where
+        the pooling needs them. The last MLP, after which nothing joins the tokens, is computed for no more than that.
+        """
         x = (images - self.mean) / self.std
         masks = self.draw_masks(len(x)) if self.training and self.drop_path else None
         wanted = self.teacher is not None and (self.copies or self.training)
@@ -246,6 +255,12 @@ class AttentionTransfer(nn.Module):
             else:
                 copied = [given[i]] if i in given else []
                 tokens = add_branch(tokens, first, partial(mix, block), *copied)
+            if block is self.student.blocks[-1] and self.reads == "mean":
+                patches = tokens[:, self.student.num_prefix_tokens :]
+                mean = patches.mean(1, keepdim=True)
+                return add_branch(mean, second, partial(mean_feed_forward, block), patches), loss
+            if block is self.student.blocks[-1] and self.reads == "token":
+                tokens = tokens[:, :1]
             tokens = add_branch(tokens, second, partial(feed_forward, block))
         return tokens, loss
 

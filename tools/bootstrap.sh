@@ -25,8 +25,9 @@ sys.exit(not (here and all(map(importlib.util.find_spec, ("torch", "timm", "pape
 PYTHON
 }
 
-new_enough() {
-  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+# Of a Python that is newer than the pins some packages have no build.
+pinned() {
+  "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null
 }
 
 pins() {
@@ -36,7 +37,7 @@ pins() {
 find_python() {
   local name
   for name in python3 python python3.13 python3.12 python3.11 python3.14; do
-    if new_enough "$name"; then
+    if pinned "$name"; then
       command -v "$name"
       return
     fi
@@ -56,13 +57,13 @@ make_venv() {
   rm -f "$STAMP"
   echo "Making .venv with the pins of requirements.lock (once; some minutes and 6 GB with CUDA's libraries) ..." >&2
   if command -v uv >/dev/null; then
-    [ -x "$VENV/bin/python" ] || uv venv --quiet --clear --python '>=3.11' "$VENV" || fail "uv could not make .venv"
+    [ -x "$VENV/bin/python" ] || uv venv --quiet --clear --python '>=3.11,<3.15' "$VENV" || fail "uv could not make .venv"
     uv pip install --quiet --python "$VENV/bin/python" -r "$ROOT/requirements.lock" &&
       uv pip install --quiet --python "$VENV/bin/python" --no-deps -e "$ROOT"
   else
     if [ ! -x "$VENV/bin/python" ]; then
-      base=$(find_python) || fail "Python 3.11 or newer is needed; here is $(python3 --version 2>&1 || echo none). \
-Install it, or install uv, which brings its own"
+      base=$(find_python) || fail "Python 3.11 to 3.14 is needed, for which requirements.lock has packages; \
+here is $(python3 --version 2>&1 || echo none). Install one of them, or install uv, which brings its own"
       "$base" -c 'import venv, ensurepip' 2>/dev/null ||
         fail "$base cannot make environments: install its venv module (Debian, Ubuntu: apt install python3-venv), or uv"
       "$base" -m venv --clear "$VENV" || fail "$base could not make .venv"
