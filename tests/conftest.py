@@ -20,6 +20,11 @@ os.environ.pop("THESIS_RUN", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored, and so its children
 
 
+def pytest_collection_modifyitems(items):
+    """Put the longest test first: beside it, other processes run the rest."""
+    items.sort(key=lambda item: item.path.stem != "test_thesis_profile")
+
+
 @pytest.fixture
 def two_threads():
     """Let torch compute on two threads."""
