@@ -114,7 +114,7 @@ def compare(ensemble: nn.Module, models: dict, batch: int, dtype: str, options: 
         tasks.update(passes({name: ready(embed, size, options.native)}, picture))
 
     for name, (model, size) in every.items():
-        embed = proposed_speed.in_format(model.to(options.device), dtype)._embed
+        embed = proposed_speed.in_format(model.to(options.device), dtype).embed_unchecked
         add(name, torch.compile(embed) if options.compile else embed, size)
     package = package_ensemble(options.device)
     if package is not None and batch > 1:  # it drops the axis of a batch of one

@@ -256,13 +256,13 @@ def test_two_runs_do_not_fill_one_file(metric, tmp_path):
 
 def test_no_more_is_decoded_ahead_than_two_batches(metric, tmp_path, monkeypatch):
     root, names, ahead = folder(tmp_path / "images", 40), decoded(monkeypatch), []
-    forward = type(metric)._embed
+    forward = type(metric).embed_unchecked
 
     def watching(self, x):
         ahead.append(len(names) - 2 * len(ahead))
         return forward(self, x)
 
-    monkeypatch.setattr(perceptual.Metric, "_embed", watching)
+    monkeypatch.setattr(perceptual.Metric, "embed_unchecked", watching)
     embed.embed_folder(metric, root, tmp_path / "out.parquet", batch_size=2, part_size=10, **QUIET)
     assert (
         len(ahead) == 21 and max(ahead) <= 2 + 2 * 2 + 2 + 2

@@ -36,7 +36,7 @@ class Flat(torch.nn.Module):
     def _check(self, x):
         pass
 
-    def _embed(self, x):
+    def embed_unchecked(self, x):
         return x.flatten(1)
 
 

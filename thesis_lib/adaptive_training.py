@@ -48,7 +48,7 @@ class AdaptiveMetric(perceptual.Metric):
         trace = self.backbone.run((x - self.mean) / self.std)
         return self._read(trace.features), trace
 
-    def _embed(self, x: Tensor) -> Tensor:
+    def embed_unchecked(self, x: Tensor) -> Tensor:
         return self._read(self.backbone.run((x - self.mean) / self.std).features)
 
     def _read(self, features: Tensor) -> Tensor:

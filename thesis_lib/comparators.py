@@ -100,9 +100,9 @@ class DreamSim(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Return embeddings: (B, 3, H, W) floats in [0, 1] -> (B, sum of the branches' widths)."""
         self._check(x)
-        return self._embed(x)
+        return self.embed_unchecked(x)
 
-    def _embed(self, x: Tensor) -> Tensor:
+    def embed_unchecked(self, x: Tensor) -> Tensor:
         features = torch.cat([branch(x) for branch in self.branches], dim=-1)
         return F.normalize(features - features.mean(-1, keepdim=True), dim=-1) if self.normalize else features
 

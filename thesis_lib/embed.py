@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from thesis_lib import perceptual
 from thesis_lib.datasets.missing import choose
-from thesis_lib.datasets.pixels import NO_ROOM, Source, _ahead, _digest, read_rgb
+from thesis_lib.datasets.pixels import NO_ROOM, Source, ahead, content_digest, read_rgb
 from thesis_lib.embed_parts import Embedded, Parts, finished, join
 from thesis_lib.embed_sources import Listing, listing
 from thesis_lib.embeddings import COLUMNS, identity
@@ -129,7 +129,7 @@ def _decode(source: Source, size: tuple[int, int]) -> tuple[str, str, np.ndarray
     except (OSError, ValueError) as error:
         what = f"{source.key} cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
         return "", what, np.zeros((3, *size), np.uint8)
-    return _digest(data).hex(), "", np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return content_digest(data).hex(), "", np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def _fill(
@@ -150,7 +150,7 @@ def _fill(
     with ThreadPoolExecutor(1) as writer:  # whatever ends the run, the last finished part is written first
         written: Future | None = None
         try:
-            stream = _ahead(pool, lambda source: _decode(source, size), sources, 2 * options["batch_size"] + workers)
+            stream = ahead(pool, lambda source: _decode(source, size), sources, 2 * options["batch_size"] + workers)
             for k in own:
                 rows, part = parts.rows(k), _Decoded(stream, len(parts.rows(k)), on_error, bar)
                 values = perceptual.embed_pixels(metric, part, **options).numpy()  # (p, D)

@@ -31,7 +31,7 @@ class _Embed(nn.Module):
         self.metric = metric
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.metric._embed(images)
+        return self.metric.embed_unchecked(images)
 
 
 def program(metric: perceptual.Metric) -> torch.export.ExportedProgram:
@@ -122,7 +122,7 @@ def compare(
     torch's exporter cannot say in ONNX, its one row has no value and a note.
     """
     folder, recipe = Path(folder), metric.backbone.recipe
-    run: dict[str, Callable[[Tensor], Tensor]] = {"eager": metric.cpu().eval()._embed}
+    run: dict[str, Callable[[Tensor], Tensor]] = {"eager": metric.cpu().eval().embed_unchecked}
     sizes = {"eager": sum(t.numel() * t.element_size() for t in metric.backbone.state_dict().values())}
     traced = program(metric)
     sizes["torch.export"] = save_program(traced, folder / FILES["torch.export"]).stat().st_size

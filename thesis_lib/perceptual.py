@@ -125,9 +125,10 @@ class Metric(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Return embeddings: (B, 3, H, W) floats in [0, 1] -> (B, D). Raises ValueError for other input."""
         self._check(x)
-        return self._embed(x)
+        return self.embed_unchecked(x)
 
-    def _embed(self, x: Tensor) -> Tensor:
+    def embed_unchecked(self, x: Tensor) -> Tensor:
+        """Return what `embed` does without looking at the values, which on a GPU would be waited for."""
         x = (x - self.mean) / self.std
         if self.feature != "cls_patch" and class_token.applies(self.backbone):
             cls = class_token.last_class_token(self.backbone, x)  # (B, D), without the last block's other tokens
@@ -263,7 +264,7 @@ def embed_pixels(
                 x = images.to(device, non_blocking=True).float() / 255
                 if not parts:
                     metric._check(x)  # bytes cannot leave the range later on, and no later batch waits for the GPU
-                parts.append(metric._embed(x).float())
+                parts.append(metric.embed_unchecked(x).float())
                 bar.update(len(batch))
     finally:
         metric.train(was_training)

@@ -127,7 +127,7 @@ def block_seconds(
             ending = planned(teacher, Plan((KEEP, *between, name), merge))
             ending.backbone.blocks[0] = ending.backbone.blocks[0].halving if small else nn.Identity()
             tasks |= passes({(name, small, False): partial(Block.forward, block)}, tokens)  # without its halving
-            tasks |= passes({(name, small, True): ending._embed}, images)
+            tasks |= passes({(name, small, True): ending.embed_unchecked}, images)
     times = interleaved(tasks, rounds=rounds, seconds=seconds)
     return {key: float(np.median(spent)) for key, spent in times.items()}
 

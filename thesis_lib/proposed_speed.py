@@ -27,10 +27,10 @@ class InFormat(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Return float32 embeddings: (B, 3, H, W) floats in [0, 1] -> (B, D)."""
         self._check(x)
-        return self._embed(x)
+        return self.embed_unchecked(x)
 
-    def _embed(self, x: Tensor) -> Tensor:
-        return self.metric._embed(x.to(self.dtype)).float()
+    def embed_unchecked(self, x: Tensor) -> Tensor:
+        return self.metric.embed_unchecked(x.to(self.dtype)).float()
 
 
 def in_format(metric: nn.Module, dtype: str) -> nn.Module:
@@ -86,7 +86,7 @@ def speed_rows(
     """
     tasks, rows = {}, []
     for (name, dtype), model in models.items():
-        tasks |= passes({(name, dtype): lambda x, model=model: model._embed(x.float() / 255)}, images[name])
+        tasks |= passes({(name, dtype): lambda x, model=model: model.embed_unchecked(x.float() / 255)}, images[name])
     times = interleaved(tasks, rounds=rounds, seconds=seconds)
     for name, dtype in models:
         own = {"model": name, "dtype": dtype, "batch": len(images[name])} | protocol

@@ -161,7 +161,7 @@ class Pixels:
             data = source.read()
         except OSError as error:
             raise RuntimeError(f"{refusal}, and its source cannot be read: {error}") from error
-        if _digest(data) != digest:
+        if content_digest(data) != digest:
             raise RuntimeError(f"{refusal}, and its source has changed since: cache these images again")
         warnings.warn(f"{refusal}; it is made again from its source", RuntimeWarning, stacklevel=4)
         pixels = decode(data, self.size, self._store.interpolation, source.key).tobytes()
@@ -173,7 +173,8 @@ class Pixels:
         return pixels
 
 
-def _digest(data: bytes) -> bytes:
+def content_digest(data: bytes) -> bytes:
+    """Return the fingerprint of a file's bytes by which caches know an image again."""
     return blake2b(data, digest_size=16).digest()
 
 
@@ -194,7 +195,7 @@ def _fill(index: Index, pending: list[Source], workers: int, on_error: str, bar:
             stamp, data = tuple(source.stamp), source.read()
         except OSError as error:
             raise ValueError(f"{source.key} cannot be read: {error.strerror or error}") from error
-        digest = _digest(data)
+        digest = content_digest(data)
         if digest in index.records:
             return stamp, digest, None
         return stamp, digest, decode(data, store.size, store.interpolation, source.key).tobytes()
@@ -202,7 +203,7 @@ def _fill(index: Index, pending: list[Source], workers: int, on_error: str, bar:
     # Pillow decodes and resizes outside the interpreter's lock: threads use all cores, and nothing is pickled.
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for source, future in _ahead(pool, work, pending, depth=4 * workers):
+            for source, future in ahead(pool, work, pending, depth=4 * workers):
                 try:
                     stamp, digest, pixels = future.result()
                 except ValueError as error:
@@ -245,7 +246,7 @@ def _is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in NO_ROOM
 
 
-def _ahead(
+def ahead(
     pool: ThreadPoolExecutor, work: Callable, items: Iterable[Source], depth: int
 ) -> Iterator[tuple[Source, Future]]:
     """Yield items in order with their futures, at most `depth` of them under way: memory stays flat."""
