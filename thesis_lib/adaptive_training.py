@@ -49,6 +49,7 @@ class AdaptiveMetric(perceptual.Metric):
         return self._read(trace.features), trace
 
     def embed_unchecked(self, x: Tensor) -> Tensor:
+        """Return what `embed` does without looking at the values."""
         return self._read(self.backbone.run((x - self.mean) / self.std).features)
 
     def _read(self, features: Tensor) -> Tensor:

@@ -103,12 +103,15 @@ class DreamSim(nn.Module):
         return self.embed_unchecked(x)
 
     def embed_unchecked(self, x: Tensor) -> Tensor:
+        """Return what `embed` does without looking at the values."""
         features = torch.cat([branch(x) for branch in self.branches], dim=-1)
         return F.normalize(features - features.mean(-1, keepdim=True), dim=-1) if self.normalize else features
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1:] != (3, *self.img_size):
-            raise ValueError(f"Images must have the shape (B, 3, {self.img_size}), got {tuple(x.shape)}.")
+            raise ValueError(
+                f"Images must have the shape (B, 3, {self.img_size[0]}, {self.img_size[1]}), got {tuple(x.shape)}."
+            )
 
 
 def dreamsim(name: str = "ensemble", folder: str | Path | None = None) -> DreamSim:

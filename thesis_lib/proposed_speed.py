@@ -30,6 +30,7 @@ class InFormat(nn.Module):
         return self.embed_unchecked(x)
 
     def embed_unchecked(self, x: Tensor) -> Tensor:
+        """Return what `embed` does without looking at the values."""
         return self.metric.embed_unchecked(x.to(self.dtype)).float()
 
 
