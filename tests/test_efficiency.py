@@ -120,7 +120,7 @@ def test_a_later_round_measures_times_alone():
 
 def test_the_batch_doubles_while_the_throughput_rises(monkeypatch):
     speed = {1: 10.0, 2: 20.0, 4: 30.0, 8: 30.5, 16: 99.0}
-    monkeypatch.setattr(efficiency, "time_forward", lambda model, x, **_: np.full(3, len(x) / speed[len(x)]))
+    monkeypatch.setattr(efficiency, "time_beside", lambda model, x, **_: (np.full(3, len(x) / speed[len(x)]), {}))
     rows = efficiency.measure("demo", "mha", 32, best_batch=True, complete=False)
     assert [row["batch"] for row in rows if row["metric"] == "throughput"] == [1, 2, 4, 8]  # 8 gains less than 3 %
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_measured_is_a_row_with_a_note(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(efficiency, "time_forward", full)
+    monkeypatch.setattr(efficiency, "time_beside", full)
     monkeypatch.setattr(efficiency, "training_rows", full)
     rows = efficiency.measure("demo", "mha", 32, batch_sizes=[1, 2], train_batch=4)
     assert [(row["metric"], row["batch"], row["note"]) for row in rows if row["value"] is None] == [
@@ -169,7 +169,7 @@ def test_what_cannot_be_measured_is_a_row_with_a_note(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(efficiency, "time_forward", broken)
+    monkeypatch.setattr(efficiency, "time_beside", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         efficiency.measure("demo", "mha", 32)
 
@@ -217,6 +217,31 @@ def test_rounds_that_the_machine_disturbed_are_left_out_and_counted(metric, quie
     (row,) = efficiency.pool_rounds(rounds).to_dict("records")
     assert (row["value"], row["n"], row["rounds"], row["disturbed"]) == (quiet, 12, 5, 2)
     assert row["low"] >= quiet and row["p95"] == pytest.approx(1.1 * quiet)
+
+
+def timed(mixer, value, yardstick, threads=1):
+    common = {"mixer": mixer, "device": "cpu", "threads": threads, "yardstick": yardstick}
+    return common | efficiency.median_row("latency", [value] * 4)
+
+
+def test_rounds_beside_a_slow_yardstick_are_left_out_however_alike_they_are():
+    rounds = [timed("mha", 10.0, 1.0), timed("mha", 11.0, 1.3), timed("mha", 10.5, 1.1)]
+    rounds += [timed("sra", 9.0, 1.5), timed("sra", 12.0, 1.6)]  # in no round was the machine as quick as it can be
+    rounds += [timed("pool", 7.0, 9.0, threads=2), timed("pool", 7.1, 9.0, threads=2)]  # another yardstick
+    table = efficiency.pool_rounds(rounds).set_index("mixer")
+    assert table["disturbed"].to_dict() == {"mha": 1, "sra": 2, "pool": 0} and "yardstick" not in table
+    assert table["n"].to_dict() == {"mha": 8, "sra": 4, "pool": 8} and table.value["sra"] == 9.0
+    best = efficiency.quickest(rounds)
+    assert best == {("cpu", 1): 1.0, ("cpu", 2): 9.0}
+    assert not efficiency.never_quiet([*rounds[:3], *rounds[5:], timed("sra", 9.0, 1.1)], best)
+    assert efficiency.never_quiet(rounds, best)
+
+
+def test_the_yardstick_is_timed_beside_every_series():
+    rows = efficiency.measure("demo", "mha", 32, runs=2, warmup=0, train_batch=2)
+    beside = {row["metric"]: row["yardstick"] for row in rows if "samples" in row}
+    assert beside.keys() == {"latency", "latency_cls", "throughput", "training_step"}
+    assert all(0 < value < 1000 for value in beside.values())
 
 
 def test_one_configuration_from_the_command_line(tmp_path):
@@ -294,6 +319,25 @@ def test_an_interrupted_grid_goes_on_and_equals_an_uninterrupted_one(monkeypatch
     assert {mixer for mixer, _ in seen} == {"sra"} and len(seen) == 4
     efficiency_grid.clear(tmp_path / "grid")
     assert not (tmp_path / "grid").exists()
+
+
+def test_what_was_disturbed_in_every_round_is_visited_again(monkeypatch, tmp_path):
+    visits = efficiency_grid.plan({"demo": [64]}, ["mha", "sra", "pool"], rounds=2, dtype="float32", device="cpu")
+    seen = []
+
+    def measured(name, mixer, image_size, **settings):
+        assert settings["complete"] == (mixer not in seen)
+        seen.append(mixer)
+        slow = mixer == "pool" or (mixer == "sra" and seen.count("sra") < 4)  # pool's moment never comes
+        return [timed(mixer, 10.0, 1.5 if slow else 1.0)]
+
+    monkeypatch.setattr(efficiency_grid, "measure_apart", measured)
+    table = efficiency_grid.run(visits, tmp_path).set_index("mixer")
+    assert table["rounds"].to_dict() == {"mha": 2, "sra": 4, "pool": 2 + efficiency_grid.MORE_ROUNDS}
+    assert table["disturbed"].to_dict() == {"mha": 0, "sra": 3, "pool": 2 + efficiency_grid.MORE_ROUNDS}
+    count = len(seen)
+    pd.testing.assert_frame_equal(efficiency_grid.run(visits, tmp_path).set_index("mixer"), table)
+    assert len(seen) == count  # all of it was kept
 
 
 def test_a_fingerprint_knows_settings_machine_and_code(monkeypatch):

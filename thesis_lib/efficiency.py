@@ -7,6 +7,7 @@ The instruments are timing.py's; efficiency_grid.py drives a grid of configurati
 import argparse
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -31,6 +32,7 @@ from thesis_lib.timing import (
     refusal,
     row,
     throughput,
+    time_beside,
     time_forward,
     time_split,
     training_rows,
@@ -42,7 +44,7 @@ __all__ += ["refusal", "rotated", "throughput", "time_forward"]
 KEYS = ["backbone", "mixer", "image_size", "tokens", "dtype", "device", "mode", "sdpa_pinned", "batch", "metric"]
 MODES = ("eager", "compiled")
 UNSERVED = ("macs", "params", "latency", "throughput", "peak_memory")  # the rows of a configuration that never ran
-DISTURBED = 1.2  # times the best round's median
+DISTURBED = 1.2  # times the quickest yardstick, or the best round's median
 LARGEST_BATCH, RISE = 4096, 1.03  # the search for the best batch ends there, or where twice the batch gains less
 
 
@@ -158,13 +160,13 @@ def _at_batch(
     if complete:
         memory, common["sdpa"] = peak_memory(function, x)
         rows.append(memory)
-    times = time_forward(function, x, **timing)
-    rows.append(median_row("throughput", batch / times))
+    times, beside = time_beside(function, x, **timing)
+    rows.append(median_row("throughput", batch / times) | beside)
     if batch == 1:
-        rows.append(median_row("latency", 1e3 * times))
+        rows.append(median_row("latency", 1e3 * times) | beside)
     if batch == 1 and mode == "eager" and class_token.applies(model):
-        cls = functools.partial(class_token.last_class_token, model)
-        rows.append(median_row("latency_cls", 1e3 * time_forward(cls, x, **timing)))
+        times, beside = time_beside(functools.partial(class_token.last_class_token, model), x, **timing)
+        rows.append(median_row("latency_cls", 1e3 * times) | beside)
     if complete:
         rows += time_split(function, x) if mode == "eager" and batch == 1 else []
         rows += energy(function, x) if x.is_cuda else []
@@ -194,29 +196,61 @@ def rotated(items: Sequence, rounds: int) -> list[list]:
     return [[items[(start + i) % len(items)] for i in range(len(items))] for start in range(rounds)]
 
 
+def quickest(rows: Iterable[dict]) -> dict[tuple, float]:
+    """Return the least time of the yardstick, ms, by device and number of threads."""
+    best: dict[tuple, float] = {}
+    for found in rows:
+        if "yardstick" in found:
+            where = found.get("device"), found.get("threads")
+            best[where] = min(best.get(where, math.inf), found["yardstick"])
+    return best
+
+
+def never_quiet(rows: Iterable[dict], best: dict[tuple, float]) -> bool:
+    """Say whether rows of one or more rounds hold a series that the machine disturbed in each of them."""
+    return any(not any(_quiet(found, best) for found in rounds) for rounds in _merged(rows) if _timed(rounds))
+
+
 def pool_rounds(rows: Iterable[dict]) -> pd.DataFrame:
     """Merge the rounds of each configuration: samples are pooled and described anew, the rest is kept once.
 
-    What else runs on a machine makes it slower, for seconds on end, never faster: a round whose median is worse than
-    the best round's by more than DISTURBED is left out, and `disturbed` counts these among the `rounds`. The samples
-    stay in a column of lists.
+    What else runs on a machine makes it slower, for seconds on end, never faster. Left out are rounds beside which the
+    yardstick (`timing.time_beside`) took longer than at its quickest by more than DISTURBED, and those whose own
+    median is worse than the best one's by as much; `disturbed` counts them among the `rounds`. Where no round was
+    quiet, the best of them stand, and all are counted. The samples stay in a column of lists.
     """
+    rows = list(rows)
+    best = quickest(rows)
+    return pd.DataFrame([_pooled(rounds, best) for rounds in _merged(rows)])
+
+
+def _merged(rows: Iterable[dict]) -> list[list[dict]]:
     merged: dict[tuple, list[dict]] = {}
     for found in rows:
         merged.setdefault(tuple(found.get(column) for column in KEYS), []).append(found)
-    return pd.DataFrame([_pooled(rounds) for rounds in merged.values()])
+    return list(merged.values())
 
 
-def _pooled(rounds: Sequence[dict]) -> dict:
+def _timed(rounds: Sequence[dict]) -> list[dict]:
+    return [found for found in rounds if "samples" in found]
+
+
+def _quiet(found: dict, best: dict[tuple, float]) -> bool:
+    return "yardstick" not in found or found["yardstick"] <= DISTURBED * best[found.get("device"), found.get("threads")]
+
+
+def _pooled(rounds: Sequence[dict], best: dict[tuple, float]) -> dict:
     told = {key: value for found in reversed(rounds) for key, value in found.items()}  # by the first that says it
-    timed = [found for found in rounds if "samples" in found]
+    told.pop("yardstick", None)
+    timed = _timed(rounds)
     if not timed:
         return told
-    cost = [1 / found["value"] if found["metric"] == "throughput" else found["value"] for found in timed]
-    kept = [found for found, own in zip(timed, cost, strict=True) if own <= DISTURBED * min(cost)]
+    quiet = [found for found in timed if _quiet(found, best)]
+    cost = [1 / found["value"] if found["metric"] == "throughput" else found["value"] for found in quiet or timed]
+    kept = [found for found, own in zip(quiet or timed, cost, strict=True) if own <= DISTURBED * min(cost)]
     pooled = median_row(kept[0]["metric"], [sample for found in kept for sample in found["samples"]])
-    counts = {"rounds": len(timed), "disturbed": len(timed) - len(kept), "note": timed[-1].get("note")}
-    return told | pooled | counts
+    disturbed = len(timed) - len(kept) if quiet else len(timed)
+    return told | pooled | {"rounds": len(timed), "disturbed": disturbed, "note": timed[-1].get("note")}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

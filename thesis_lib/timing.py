@@ -70,6 +70,22 @@ def time_forward(
     return np.array(times)
 
 
+def time_beside(model: Callable[[Tensor], object], x: Tensor, **timing) -> tuple[np.ndarray, dict[str, float]]:
+    """Time forward passes as `time_forward` does, and the yardstick beside them: {"yardstick": ms}.
+
+    The yardstick is a fixed piece of work, timed before and after (the longer counts). Where it takes longer than at
+    other times, so did the passes, and not because of the model.
+    """
+    before = _yardstick(x.device)
+    times = time_forward(model, x, **timing)
+    return times, {"yardstick": 1e3 * max(before, _yardstick(x.device))}
+
+
+def _yardstick(device: torch.device) -> float:
+    matrix = torch.full((256, 256), 1 / 256, device=device)
+    return float(np.median(time_forward(lambda x: nn.functional.gelu(x @ x), matrix, runs=15, warmup=3, seconds=1.0)))
+
+
 def _by_clock(model: Callable[[Tensor], object], x: Tensor) -> float:
     start = time.perf_counter()
     model(x)
@@ -188,11 +204,11 @@ def training_rows(model: nn.Module, x: Tensor, **timing) -> list[dict]:
             model(x).float().square().mean().backward()
             optimizer.step()
 
-    times = time_forward(step, x, **timing)
+    times, beside = time_beside(step, x, **timing)
     optimizer.zero_grad()  # what is freed under the profiler must have been allocated under it
     held = peak_memory(step, x)[0]
     optimizer.zero_grad()
-    return [median_row("training_step", 1e3 * times), held | {"metric": "training_memory"}]
+    return [median_row("training_step", 1e3 * times) | beside, held | {"metric": "training_memory"}]
 
 
 def energy(model: Callable[[Tensor], object], x: Tensor, *, seconds: float = 2.0) -> list[dict]:
