@@ -3,6 +3,7 @@ import pytest
 import torch
 from halting_models import VARIED, halting_vit, images
 
+from thesis_lib import adaptive_speed
 from thesis_lib.adaptive_speed import beta_for_tokens, engine_rows, engines, interleaved, speedup_rows, time_rows
 from thesis_lib.adaptive_tokens import AdaptiveViT, Halting
 from thesis_lib.token_removal import TokenRemoval
@@ -21,13 +22,30 @@ def test_beta_for_tokens(share):
             beta_for_tokens(model, images(2), impossible)
 
 
-def test_tasks_take_turns():
+def test_tasks_take_turns(monkeypatch):
+    monkeypatch.setattr(adaptive_speed, "yardstick", lambda device: 1.0)
     order = []
     tasks = {name: lambda name=name: order.append(name) for name in "abc"}
     times = interleaved(tasks, rounds=4)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
     assert all(len(values) == 4 for values in times.values())
     assert all(len(values) == 3 for values in interleaved(tasks, rounds=9, seconds=0).values())
+
+
+@pytest.mark.parametrize(("disturbed", "done", "kept"), [({1, 2}, 6, 4), ({0}, 5, 4), (range(99), 12, 12)])
+def test_rounds_beside_a_slow_yardstick_are_made_up_for(monkeypatch, disturbed, done, kept):
+    """disturbed: rounds with half the speed between the two tasks. Where all have, none is better than another."""
+    runs, clock = [], []
+
+    def beside(device):
+        number, place = divmod(len(clock), 3)
+        clock.append(1)
+        return 2.0 if number in disturbed and place == 1 else 1.0
+
+    monkeypatch.setattr(adaptive_speed, "yardstick", beside)
+    times = interleaved({name: lambda name=name: runs.append(name) for name in "ab"}, rounds=4)
+    assert len(runs) == 2 * (1 + done)
+    assert [len(values) for values in times.values()] == [kept, kept]
 
 
 def test_engines_compute_what_they_are_named_for():

@@ -73,15 +73,15 @@ def time_forward(
 def time_beside(model: Callable[[Tensor], object], x: Tensor, **timing) -> tuple[np.ndarray, dict[str, float]]:
     """Time forward passes as `time_forward` does, and the yardstick beside them: {"yardstick": ms}.
 
-    The yardstick is a fixed piece of work, timed before and after (the longer counts). Where it takes longer than at
-    other times, so did the passes, and not because of the model.
+    It is timed before and after; the longer counts.
     """
-    before = _yardstick(x.device)
+    before = yardstick(x.device)
     times = time_forward(model, x, **timing)
-    return times, {"yardstick": 1e3 * max(before, _yardstick(x.device))}
+    return times, {"yardstick": 1e3 * max(before, yardstick(x.device))}
 
 
-def _yardstick(device: torch.device) -> float:
+def yardstick(device: torch.device) -> float:
+    """Time a fixed piece of work, seconds: where it takes longer than at other times, so does whatever is beside it."""
     matrix = torch.full((256, 256), 1 / 256, device=device)
     return float(np.median(time_forward(lambda x: nn.functional.gelu(x @ x), matrix, runs=15, warmup=3, seconds=1.0)))
 
