@@ -32,20 +32,22 @@ def test_tasks_take_turns(monkeypatch):
     assert all(len(values) == 3 for values in interleaved(tasks, rounds=9, seconds=0).values())
 
 
-@pytest.mark.parametrize(("disturbed", "done", "kept"), [({1, 2}, 6, 4), ({0}, 5, 4), (range(99), 12, 12)])
-def test_rounds_beside_a_slow_yardstick_are_made_up_for(monkeypatch, disturbed, done, kept):
-    """disturbed: rounds with half the speed between the two tasks. Where all have, none is better than another."""
-    runs, clock = [], []
-
-    def beside(device):
-        number, place = divmod(len(clock), 3)
-        clock.append(1)
-        return 2.0 if number in disturbed and place == 1 else 1.0
-
-    monkeypatch.setattr(adaptive_speed, "yardstick", beside)
-    times = interleaved({name: lambda name=name: runs.append(name) for name in "ab"}, rounds=4)
-    assert len(runs) == 2 * (1 + done)
-    assert [len(values) for values in times.values()] == [kept, kept]
+def test_a_run_beside_a_slow_yardstick_is_repeated_and_the_quietest_counts(monkeypatch):
+    clock = [0.0]
+    spent = iter([0, 0, 5, *(9, 8, 6), *(9, 7, 3, 9, 9), 5])  # seconds of the runs; those in brackets are of one
+    beside = [
+        (1.0, 1.0),
+        *((1.0, 1.5), (1.5, 1.9), (1.0, 1.1)),
+        *((y, y) for y in (1.9, 1.3, 1.6, 1.7, 1.8)),
+        (1.0, 1.0),
+    ]
+    yardsticks = iter([1.0, *(value for pair in beside for value in pair)])
+    monkeypatch.setattr(adaptive_speed, "yardstick", lambda device: next(yardsticks))
+    monkeypatch.setattr(adaptive_speed.time, "perf_counter", lambda: clock[0])
+    run = lambda: clock.__setitem__(0, clock[0] + next(spent))
+    times = interleaved({"a": run, "b": run}, rounds=2, seconds=1e9)
+    assert times["a"].tolist() == [5, 5] and times["b"].tolist() == [6, 7]  # 3 was quick, but not beside it
+    assert next(spent, None) is None
 
 
 def test_engines_compute_what_they_are_named_for():
