@@ -76,7 +76,7 @@ def speed_rows(
     reference: str,
     *,
     rounds: int = 5,
-    seconds: float = 60.0,
+    seconds: float = 120.0,
     **protocol: Any,
 ) -> list[dict]:
     """Time embeddings in turn, from bytes on the device to embeddings there, and compare each with the reference.
