@@ -78,8 +78,10 @@ def run(visits: Sequence[Mapping], folder: Path) -> pd.DataFrame:
                 what = json.dumps(
                     {key: visit[key] for key in visit if key not in ("round", "complete")}, sort_keys=True
                 )
+                place = folder / f"{fingerprint(visit)}.json"
                 progress.set_description(f"{visit['name']} {visit['image_size']} px {visit['mixer']}")
-                rows.setdefault(what, []).extend(_measured(visit, folder))
+                progress.initial += place.is_file()  # it took no time, so it tells nothing of the time left
+                rows.setdefault(what, []).extend(_measured(visit, place))
                 last[what] = visit
                 progress.update()
             best = quickest(row for found in rows.values() for row in found)
@@ -91,9 +93,8 @@ def run(visits: Sequence[Mapping], folder: Path) -> pd.DataFrame:
     return pool_rounds(row for found in rows.values() for row in found)
 
 
-def _measured(visit: Mapping, folder: Path) -> list[dict]:
+def _measured(visit: Mapping, place: Path) -> list[dict]:
     """Return the rows of a visit, measured now unless its file is there."""
-    place = folder / f"{fingerprint(visit)}.json"
     if not place.is_file():
         settings = {key: value for key, value in visit.items() if key != "round"}
         name, mixer, size = (settings.pop(key) for key in ("name", "mixer", "image_size"))

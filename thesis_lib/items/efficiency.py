@@ -170,7 +170,8 @@ def protocol(rows: pd.DataFrame) -> Table:
     )
     timed = rows.reindex(columns=["rounds", "disturbed"]).sum()
     if timed["disturbed"]:
-        note += f" {timed['disturbed']:.0f} of {timed['rounds']:.0f} rounds of timing were disturbed and are left out."
+        note += f" {timed['disturbed']:.0f} of {timed['rounds']:.0f} rounds of timing were disturbed: left out where "
+        note += "others were not."
     digits = {column: None for column in frame.columns[1:]} | {("Throughput", "batch"): 0, ("Ceiling", "%"): 0}
     return Table(frame, digits, {("Latency (ms)", "median"): "min", ("Throughput", "images/s"): "max"}, note)
 
