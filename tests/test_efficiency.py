@@ -231,10 +231,10 @@ def test_rounds_beside_a_slow_yardstick_are_left_out_however_alike_they_are():
     table = efficiency.pool_rounds(rounds).set_index("mixer")
     assert table["disturbed"].to_dict() == {"mha": 1, "sra": 2, "pool": 0} and "yardstick" not in table
     assert table["n"].to_dict() == {"mha": 8, "sra": 4, "pool": 8} and table.value["sra"] == 9.0
-    best = efficiency.quickest(rounds)
-    assert best == {("cpu", 1): 1.0, ("cpu", 2): 9.0}
-    assert not efficiency.never_quiet([*rounds[:3], *rounds[5:], timed("sra", 9.0, 1.1)], best)
-    assert efficiency.never_quiet(rounds, best)
+    moments = efficiency.quiet_moments(rounds)
+    assert moments == {("cpu", 1): 1.0, ("cpu", 2): 9.0}
+    assert not efficiency.never_quiet([*rounds[:3], *rounds[5:], timed("sra", 9.0, 1.1)], moments)
+    assert efficiency.never_quiet(rounds, moments)
 
 
 def test_the_yardstick_is_timed_beside_every_series():

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from thesis_lib.adaptive_tokens import AdaptiveViT
-from thesis_lib.efficiency import DISTURBED, median_row, rotated
-from thesis_lib.timing import yardstick
+from thesis_lib.efficiency import median_row, rotated
 from thesis_lib.token_removal import TokenRemoval, dense_macs, executed_macs
+from thesis_lib.yardstick import DISTURBED, quiet, yardstick
 
 TRIES = 5  # at a run that the machine disturbs
 ENGINES = ("dense", "masked", "removing")
@@ -41,27 +41,27 @@ def beta_for_tokens(model: AdaptiveViT, images: Tensor, share: float, *, steps: 
 def interleaved(tasks: Mapping[str, Callable[[], object]], *, rounds: int, seconds: float = 60.0) -> dict:
     """Time tasks in turn, each round starting with the next one: {name: seconds of its runs, float64 (rounds,)}.
 
-    One run of each before is not timed. The yardstick is timed around each run: where it took longer than at its
-    quickest by more than `efficiency.DISTURBED`, the run is repeated at once, and of TRIES the one beside the quickest
+    One run of each before is not timed. The yardstick is timed around each run: where it took longer than at quiet
+    moments by more than `yardstick.DISTURBED`, the run is repeated at once, and of TRIES the one beside the quickest
     yardstick counts. Stops after `rounds`, or once `seconds` have gone by and three are done.
     """
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for task in tasks.values():
         task()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    quickest, end = yardstick(device), time.perf_counter() + seconds
+    seen, end = [yardstick(device)], time.perf_counter() + seconds
     for i, names in enumerate(rotated(list(tasks), rounds)):
         if i >= 3 and time.perf_counter() > end:
             break
         for name in names:
             tried = []
-            while len(tried) < TRIES and not any(beside <= DISTURBED * quickest for beside, _ in tried):
+            while len(tried) < TRIES and not any(beside <= DISTURBED * quiet(seen) for beside, _ in tried):
                 before, start = yardstick(device), time.perf_counter()
                 tasks[name]()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 spent, after = time.perf_counter() - start, yardstick(device)
-                quickest = min(quickest, before, after)
+                seen += [before, after]
                 tried.append((max(before, after), spent))
             times[name].append(min(tried)[1])
     return {name: np.array(values) for name, values in times.items()}

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,10 +21,13 @@ import torch.nn.functional as F
 from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor, nn
 
+from thesis_lib.yardstick import DISTURBED, quiet, yardstick
+
 UNITS = {"mm": "MAC/s", "bmm": "MAC/s", "attention": "MAC/s", "convolution": "MAC/s", "depthwise": "MAC/s"}
 ELEMENTS = (2**9, 2**13, 2**16, 2**18, 2**20, 2**22)
 WIDTH = 128  # of the rows that elementwise operations run over
 MODEL_BYTES = 2**22  # of a small model's weights, more than a core's own cache holds
+PASSES = 2  # at most, over the points that the machine disturbed
 
 
 @dataclass(frozen=True)
@@ -89,29 +92,53 @@ class Ceilings:
 def measure(
     *, device: str = "cpu", dtype: str = "float32", threads: int | None = None, seconds: float = 0.01
 ) -> Ceilings:
-    """Measure every curve; `seconds` is spent on each of about 200 points, more where one call takes longer."""
+    """Measure every curve; `seconds` is spent on each of about 200 points, more where one call takes longer.
+
+    The yardstick is timed around each point. Points where it took longer than at quiet moments by more than
+    `yardstick.DISTURBED` are measured again, PASSES times in all, and what came beside the quickest counts.
+    """
     if threads:
         torch.set_num_threads(threads)
     number, limit = getattr(torch, dtype), 2**27 if device == "cpu" else 2**37
     make = lambda *shape: torch.rand(*shape, device=device).to(number)
-    curves, between = {}, _others(make) if device == "cpu" else None
+    between, families, tasks = _others(make) if device == "cpu" else None, _families(make), {}
+
+    def timed(build: Callable[..., tuple], sizes: Sequence[int], *, cold: bool) -> tuple[float, int]:
+        call, work = build(*sizes)
+        return _seconds(call, _with_cold_caches(between, call()) if cold and between else between, seconds), work
+
+    for family, (axes, build) in families.items():
+        tasks[family, None] = functools.partial(timed, build, [min(axis[0], 16) for axis in axes], cold=False)
+        for sizes in itertools.product(*axes):
+            own = sizes
+            while family in UNITS and math.prod(own) > limit and own[0] > 256:  # the rate is level there
+                own = (own[0] // 2, *own[1:])
+            tasks[family, sizes] = functools.partial(timed, build, own, cold=True)
+    x, module = make(8, 8), nn.Identity()
+    # These come several in a row, in a network, too.
+    tasks["view", None] = lambda: (_seconds(lambda: [x.transpose(0, 1) for _ in range(4)], between, seconds) / 4, 0)
+    tasks["module", None] = lambda: (_seconds(lambda: [module(x) for _ in range(4)], between, seconds) / 4, 0)
     with torch.inference_mode():
-        for family, (axes, build) in _families(make).items():
-            call, _ = build(*(min(axis[0], 16) for axis in axes))
-            overhead = _seconds(call, between, seconds)
-            rates = np.empty([len(axis) for axis in axes])
-            for place, sizes in zip(np.ndindex(*rates.shape), itertools.product(*axes), strict=True):
-                while family in UNITS and math.prod(sizes) > limit and sizes[0] > 256:  # the rate is level there
-                    sizes = (sizes[0] // 2, *sizes[1:])
-                call, work = build(*sizes)
-                spent = _seconds(call, between and _with_cold_caches(between, call()), seconds)
-                rates[place] = work / max(spent - overhead, 0.05 * spent)
-            curves[family] = Curve(overhead, axes, rates)
-        x, module = make(8, 8), nn.Identity()
-        # These come several in a row, in a network, too.
-        curves["view"] = Curve(_seconds(lambda: [x.transpose(0, 1) for _ in range(4)], between, seconds) / 4)
-        curves["module"] = Curve(_seconds(lambda: [module(x) for _ in range(4)], between, seconds) / 4)
+        found = _undisturbed(tasks, device)
+    curves = {family: Curve(found[family, None][0]) for family in ("view", "module")}
+    for family, (axes, _) in families.items():
+        overhead, points = found[family, None][0], [found[family, sizes] for sizes in itertools.product(*axes)]
+        rates = np.array([work / max(spent - overhead, 0.05 * spent) for spent, work in points])
+        curves[family] = Curve(overhead, axes, rates.reshape([len(axis) for axis in axes]))
     return Ceilings(device, dtype, torch.get_num_threads(), curves)
+
+
+def _undisturbed(tasks: Mapping[tuple, Callable[[], tuple[float, int]]], device: str) -> dict[tuple, tuple]:
+    """Return what each task returns beside a quiet yardstick, or beside the quickest of PASSES."""
+    found: dict[tuple, tuple] = {}  # what the yardstick took beside it, what the task returned
+    seen, pending = [yardstick(device)], list(tasks)
+    for _ in range(PASSES):
+        for key in pending:
+            result = tasks[key]()
+            seen.append(yardstick(device))
+            found[key] = min(found.get(key, (math.inf, ())), (max(seen[-2:]), result))
+        pending = [key for key in tasks if found[key][0] > DISTURBED * quiet(seen)]
+    return {key: result for key, (_, result) in found.items()}
 
 
 def best(parts: Sequence[Ceilings]) -> Ceilings:

@@ -7,7 +7,6 @@ The instruments are timing.py's; efficiency_grid.py drives a grid of configurati
 import argparse
 import functools
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -37,6 +36,7 @@ from thesis_lib.timing import (
     time_split,
     training_rows,
 )
+from thesis_lib.yardstick import DISTURBED, quiet
 
 __all__ = ["UNITS", "latency", "measure", "measure_apart", "median_row", "missing", "peak_memory", "pool_rounds"]
 __all__ += ["refusal", "rotated", "throughput", "time_forward"]
@@ -44,7 +44,6 @@ __all__ += ["refusal", "rotated", "throughput", "time_forward"]
 KEYS = ["backbone", "mixer", "image_size", "tokens", "dtype", "device", "mode", "sdpa_pinned", "batch", "metric"]
 MODES = ("eager", "compiled")
 UNSERVED = ("macs", "params", "latency", "throughput", "peak_memory")  # the rows of a configuration that never ran
-DISTURBED = 1.2  # times the quickest yardstick, or the best round's median
 LARGEST_BATCH, RISE = 4096, 1.03  # the search for the best batch ends there, or where twice the batch gains less
 
 
@@ -196,32 +195,31 @@ def rotated(items: Sequence, rounds: int) -> list[list]:
     return [[items[(start + i) % len(items)] for i in range(len(items))] for start in range(rounds)]
 
 
-def quickest(rows: Iterable[dict]) -> dict[tuple, float]:
-    """Return the least time of the yardstick, ms, by device and number of threads."""
-    best: dict[tuple, float] = {}
+def quiet_moments(rows: Iterable[dict]) -> dict[tuple, float]:
+    """Return the time of the yardstick at quiet moments, ms, by device and number of threads."""
+    beside: dict[tuple, list[float]] = {}
     for found in rows:
         if "yardstick" in found:
-            where = found.get("device"), found.get("threads")
-            best[where] = min(best.get(where, math.inf), found["yardstick"])
-    return best
+            beside.setdefault((found.get("device"), found.get("threads")), []).append(found["yardstick"])
+    return {where: quiet(times) for where, times in beside.items()}
 
 
-def never_quiet(rows: Iterable[dict], best: dict[tuple, float]) -> bool:
+def never_quiet(rows: Iterable[dict], moments: dict[tuple, float]) -> bool:
     """Say whether rows of one or more rounds hold a series that the machine disturbed in each of them."""
-    return any(not any(_quiet(found, best) for found in rounds) for rounds in _merged(rows) if _timed(rounds))
+    return any(not any(_quiet(found, moments) for found in rounds) for rounds in _merged(rows) if _timed(rounds))
 
 
 def pool_rounds(rows: Iterable[dict]) -> pd.DataFrame:
     """Merge the rounds of each configuration: samples are pooled and described anew, the rest is kept once.
 
     What else runs on a machine makes it slower, for seconds on end, never faster. Left out are rounds beside which the
-    yardstick (`timing.time_beside`) took longer than at its quickest by more than DISTURBED, and those whose own
+    yardstick (`timing.time_beside`) took longer than at quiet moments by more than DISTURBED, and those whose own
     median is worse than the best one's by as much; `disturbed` counts them among the `rounds`. Where no round was
     quiet, the best of them stand, and all are counted. The samples stay in a column of lists.
     """
     rows = list(rows)
-    best = quickest(rows)
-    return pd.DataFrame([_pooled(rounds, best) for rounds in _merged(rows)])
+    moments = quiet_moments(rows)
+    return pd.DataFrame([_pooled(rounds, moments) for rounds in _merged(rows)])
 
 
 def _merged(rows: Iterable[dict]) -> list[list[dict]]:
@@ -235,21 +233,24 @@ def _timed(rounds: Sequence[dict]) -> list[dict]:
     return [found for found in rounds if "samples" in found]
 
 
-def _quiet(found: dict, best: dict[tuple, float]) -> bool:
-    return "yardstick" not in found or found["yardstick"] <= DISTURBED * best[found.get("device"), found.get("threads")]
+def _quiet(found: dict, moments: dict[tuple, float]) -> bool:
+    if "yardstick" not in found:
+        return True
+    return found["yardstick"] <= DISTURBED * moments[found.get("device"), found.get("threads")]
 
 
-def _pooled(rounds: Sequence[dict], best: dict[tuple, float]) -> dict:
+def _pooled(rounds: Sequence[dict], moments: dict[tuple, float]) -> dict:
     told = {key: value for found in reversed(rounds) for key, value in found.items()}  # by the first that says it
     told.pop("yardstick", None)
     timed = _timed(rounds)
     if not timed:
         return told
-    quiet = [found for found in timed if _quiet(found, best)]
-    cost = [1 / found["value"] if found["metric"] == "throughput" else found["value"] for found in quiet or timed]
-    kept = [found for found, own in zip(quiet or timed, cost, strict=True) if own <= DISTURBED * min(cost)]
+    beside_quiet = [found for found in timed if _quiet(found, moments)]
+    standing = beside_quiet or timed
+    cost = [1 / found["value"] if found["metric"] == "throughput" else found["value"] for found in standing]
+    kept = [found for found, own in zip(standing, cost, strict=True) if own <= DISTURBED * min(cost)]
     pooled = median_row(kept[0]["metric"], [sample for found in kept for sample in found["samples"]])
-    disturbed = len(timed) - len(kept) if quiet else len(timed)
+    disturbed = len(timed) - len(kept) if beside_quiet else len(timed)
     return told | pooled | {"rounds": len(timed), "disturbed": disturbed, "note": timed[-1].get("note")}
 
 

@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 from thesis_lib import backbone, closed_form, gpu
 from thesis_lib.ceilings import Ceilings
 from thesis_lib.cost_model import predict, record, totals
-from thesis_lib.efficiency import measure_apart, never_quiet, pool_rounds, quickest, rotated
+from thesis_lib.efficiency import measure_apart, never_quiet, pool_rounds, quiet_moments, rotated
 
 PACKAGE = Path(__file__).parent
 MORE_ROUNDS = 4  # at most, for what the machine disturbed in every round
 # A change there is another measurement.
-MEASURED_BY = ("efficiency", "timing", "backbone", "class_token", "attention/*")
+MEASURED_BY = ("efficiency", "timing", "yardstick", "backbone", "class_token", "attention/*")
 
 
 def plan(
@@ -84,8 +84,8 @@ def run(visits: Sequence[Mapping], folder: Path) -> pd.DataFrame:
                 rows.setdefault(what, []).extend(_measured(visit, place))
                 last[what] = visit
                 progress.update()
-            best = quickest(row for found in rows.values() for row in found)
-            disturbed = [what for what, found in rows.items() if never_quiet(found, best)]
+            moments = quiet_moments(row for found in rows.values() for row in found)
+            disturbed = [what for what, found in rows.items() if never_quiet(found, moments)]
             if not disturbed or again == MORE_ROUNDS:
                 break
             pending = [last[what] | {"complete": False, "round": last[what].get("round", 0) + 1} for what in disturbed]

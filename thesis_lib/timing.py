@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from thesis_lib.cost_model import kind
+from thesis_lib.yardstick import yardstick
 
 UNITS = {
     "macs": "MAC",
@@ -78,12 +79,6 @@ def time_beside(model: Callable[[Tensor], object], x: Tensor, **timing) -> tuple
     before = yardstick(x.device)
     times = time_forward(model, x, **timing)
     return times, {"yardstick": 1e3 * max(before, yardstick(x.device))}
-
-
-def yardstick(device: torch.device) -> float:
-    """Time a fixed piece of work, seconds: where it takes longer than at other times, so does whatever is beside it."""
-    matrix = torch.full((256, 256), 1 / 256, device=device)
-    return float(np.median(time_forward(lambda x: nn.functional.gelu(x @ x), matrix, runs=15, warmup=3, seconds=1.0)))
 
 
 def _by_clock(model: Callable[[Tensor], object], x: Tensor) -> float:

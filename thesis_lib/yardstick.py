@@ -1,0 +1,33 @@
+"""A fixed piece of work timed beside what is measured: what else runs on a machine slows both, for seconds on end."""
+
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+DISTURBED = 1.2  # times what is usual at quiet moments: a series of passes, or the yardstick beside it
+
+
+def yardstick(device: torch.device | str) -> float:
+    """Time the piece of work, seconds: where it takes longer than at quiet moments, so does whatever is beside it."""
+    matrix, cuda = torch.full((256, 256), 1 / 256, device=device), torch.device(device).type == "cuda"
+    times = []
+    for _ in range(18):
+        if cuda:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        F.gelu(matrix @ matrix)
+        if cuda:
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[3:]))
+
+
+def quiet(yardsticks: Iterable[float]) -> float:
+    """Return what the yardstick takes at quiet moments, of all that it took.
+
+    A tenth is quicker still: the seconds for which a cool processor runs faster than it goes on are no measure.
+    """
+    return float(np.quantile(list(yardsticks), 0.1, method="lower"))
