@@ -5,7 +5,6 @@
 # What is made again: a run whose notebook, parameters or inputs changed. An edit in thesis_lib makes nothing stale by
 # itself, or one comment would cost a night of distillation. Every result says which revision made it, and
 # `./run_all.sh --forcerun attention_evaluation` (or --forceall) makes it again, with all that is made from it.
-import itertools
 import os
 import shlex
 import sys
@@ -36,6 +35,8 @@ READS = {
     "10_proposed_model": ["01_data_preparation", "02_attention_evaluation", "04_distillation"],
     "09_thesis_figures": [name for name in NOTEBOOKS if name != "09_thesis_figures"],
 }
+# Rows of other machines, which the figures show beside these.
+MEASURED = [os.path.relpath(path, paths.ROOT) for path in sorted(paths.MEASURED.glob("efficiency-*.parquet"))]
 # These write a table of single triplets beside their rows.
 TRIPLETS = ("02_attention_evaluation", "04_distillation", "10_proposed_model")
 # Others wait for 02 and 04; of the rest the longest start first, so that no core is left with a long one at the end.
@@ -46,12 +47,9 @@ LOCAL_CORES = workflow.resource_settings.cores  # None on a cluster, where profi
 
 def variants(notebook):
     """The runs of a notebook: what its name adds to the notebook's, and its parameters on the command line."""
-    axes = CONTENT["variants"].get(notebook, {})
     return {
-        "".join(f"-{value}" for value in values): [
-            word for name, value in zip(axes, values) for word in ("-p", name, str(value))
-        ]
-        for values in itertools.product(*axes.values())
+        run.removeprefix(notebook): [word for name, value in given.items() for word in ("-p", name, str(value))]
+        for run, given in profiles.runs(CONTENT, notebook).items()
     }
 
 
@@ -93,6 +91,7 @@ for notebook, path in NOTEBOOKS.items():
             notebook[3:]
         input:
             partial(reads, notebook),
+            MEASURED if notebook == "09_thesis_figures" else [],
             notebook=os.path.relpath(path, paths.ROOT),
         output:
             [f"{RESULTS}/{name}.parquet" for name in names],

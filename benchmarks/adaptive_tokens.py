@@ -76,7 +76,7 @@ def report(dense: nn.Module, model: AdaptiveViT, images: Tensor, options: argpar
     same = torch.equal(removed.tokens, trace.tokens.cpu())
     differ = (removed.features - trace.features).abs().max().item()
     assert not same or differ < 1e-4, f"masking and removing differ by {differ}"
-    times = interleaved(tasks, rounds=options.rounds, seconds=options.seconds)
+    times = interleaved(tasks, rounds=options.rounds, seconds=options.seconds, device=options.device)
     milliseconds = [1e3 * np.median(times[name]) for name in ENGINES]
     ratios = [np.median(times[name] / times["removing"]) for name in ENGINES[:2]]
     ideal = len(images) * dense_macs(model.vit) / executed_macs(model.vit, removed.tokens, step=1)

@@ -120,7 +120,7 @@ def compare(ensemble: nn.Module, models: dict, batch: int, dtype: str, options: 
     if package is not None and batch > 1:  # it drops the axis of a batch of one
         package = package.to(perceptual.DTYPES[dtype])
         add("the package's own code", lambda x: package.embed(x.to(perceptual.DTYPES[dtype])), 224)
-    times = interleaved(tasks, rounds=options.rounds, seconds=300)
+    times = interleaved(tasks, rounds=options.rounds, seconds=300, device=options.device)
     print(f"\n{dtype}, batch {batch}{', compiled' if options.compile else ''}")
     for name, spent in times.items():
         ratio = times["DreamSim's ensemble"] / spent

@@ -50,6 +50,25 @@ def test_a_run_beside_a_slow_yardstick_is_repeated_and_the_quietest_counts(monke
     assert next(spent, None) is None
 
 
+def test_the_yardstick_and_the_waiting_are_of_the_tasks_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail(f"{device} was waited for"))
+    found = set()
+    monkeypatch.setattr(adaptive_speed, "yardstick", lambda device: found.add(device.type) or 1.0)
+    interleaved({"a": lambda: None}, rounds=1, device="cpu")
+    model, x = AdaptiveViT(halting_vit(), VARIED), images(2)
+    engine_rows(halting_vit(), {"a": model}, x, batch_sizes=[2], rounds=1)
+    speedup_rows(halting_vit(), model, x, shares=[0.7], rounds=1)
+    assert found == {"cpu"}
+
+
+def test_models_follow_the_images_to_their_device():
+    dense, model = halting_vit(), AdaptiveViT(halting_vit(), VARIED)
+    found = engines(dense, model, images(2).to("meta"))["dense"]()
+    assert found.shape == (2, 7) and found.device.type == "meta"
+    assert {p.device.type for part in (dense, model) for p in part.parameters()} == {"meta"}
+
+
 def test_engines_compute_what_they_are_named_for():
     model = AdaptiveViT(halting_vit(cls=-8.0), VARIED)
     outputs = {name: run() for name, run in engines(halting_vit(cls=-8.0), model, images(4)).items()}

@@ -504,6 +504,15 @@ def test_an_interrupted_run_resumed_by_allow_is_the_unbroken_one_bit_for_bit(tmp
         trained(transfer_from(vit(seed=5), mode), checkpoint=tmp_path / "run", resume="allow")
 
 
+def test_a_student_of_other_mixer_options_is_refused(tmp_path):
+    def student(kernel):
+        return create_student("demo", 2, mixer="pool", kernel=kernel, architecture=TINY)
+
+    trained(AttentionTransfer(student(3), mode="none"), checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"\(model.description student.kernel: 3 there, 5 here\)"):
+        trained(AttentionTransfer(student(5), mode="none"), checkpoint=tmp_path)
+
+
 def transfer_from(teacher, mode):
     student = create_student("demo", 2, architecture=TINY, seed=1)
     return AttentionTransfer(student, teacher, mode=mode, end_layer=-1, drop_path=0.2)
@@ -568,10 +577,10 @@ def test_both_ensembles():
     torch.testing.assert_close(found["probabilities"], (a.softmax(1) + b.softmax(1)) / 2)
 
 
-def metric(mixer="mha", seed=0):
+def metric(mixer="mha", seed=0, **options):
     model = vit(seed=seed)
     model.recipe = {"name": "tiny", "img_size": 32, "mixer": "mha", "layers": None, "mixer_options": {}}
-    return perceptual.Metric(backbone.swap(model, mixer))
+    return perceptual.Metric(backbone.swap(model, mixer, **options))
 
 
 class Triplets:
@@ -605,6 +614,14 @@ def test_a_metric_learns_to_embed_and_to_attend():
         distil_metric(metric(), teacher, images, Triplets, VAL, attention=0, embedding=0, **options)
     with pytest.raises(ValueError, match="feature="):
         distil_metric(perceptual.Metric(vit(), "cls_norm"), teacher, images, Triplets, VAL, **options)
+
+
+def test_a_metric_of_other_mixer_options_is_refused(tmp_path):
+    options = {"attention": 0.0, "epochs": 1, "batch_size": 8, "lr": 1e-3, "checkpoint": tmp_path, **FAST}
+    data = metric(), Pixels(8, seed=4), Triplets, VAL
+    distil_metric(metric("pool", kernel=3), *data, **options)
+    with pytest.raises(ValueError, match=r"\(model.recipe student.mixer_options.kernel: 3 there, 5 here\)"):
+        distil_metric(metric("pool", kernel=5), *data, **options)
 
 
 TWO_PROCESSES = """

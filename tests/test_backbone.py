@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 
 import pytest
 import timm
@@ -9,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 
-from thesis_lib import backbone, paths
+from thesis_lib import adaptive_tokens, attention_students, backbone, paths, plots
 from thesis_lib.attention import MIXERS
+from thesis_lib.attention_transfer import AttentionTransfer
+from thesis_lib.datasets.synthetic import write_nights
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -392,6 +395,64 @@ def test_saved_weights_shrink_to_half_precision_and_leave_no_part_file(plain, tm
     path = backbone.save_weights(plain, tmp_path / "half.safetensors", torch.float16)
     assert {v.dtype for v in load_file(path).values()} == {torch.float16}
     assert not list(tmp_path.glob("*.part"))
+
+
+def exported(path):
+    return attention_students.export(AttentionTransfer(attention_students.create_student("demo", 2), mode="none"), path)
+
+
+@pytest.mark.parametrize(
+    ("module", "save"),
+    [
+        (backbone, lambda path: backbone.save_weights(backbone.create("demo"), path)),
+        (
+            adaptive_tokens,
+            lambda path: adaptive_tokens.save(adaptive_tokens.AdaptiveViT(backbone.create("demo")), path),
+        ),
+        (attention_students, exported),
+    ],
+)
+def test_a_rank_that_saves_while_another_does_disturbs_it_not(module, save, tmp_path, monkeypatch):
+    parts, write = [], module.save_file
+
+    def between(state, part, **options):
+        write(state, part, **options)
+        parts.append(part)
+        if len(parts) == 1:  # before this rank has put its file in place
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                save(tmp_path / "model.safetensors")
+
+    monkeypatch.setattr(module, "save_file", between)
+    assert save(tmp_path / "model.safetensors").is_file() and len(set(parts)) == 2
+    assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob(".*.part"))
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_that_is_there(tmp_path):
+    def half(part):
+        part.write_text("ne")
+        raise OSError("disk full")
+
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OSError, match="disk full"):
+        backbone.write_whole(tmp_path / "file", half)
+    assert [(path.name, path.read_text()) for path in tmp_path.glob("*file*")] == [("file", "old")]
+
+
+def test_notebook_02_looks_for_the_adapter_below_the_data_folder_before_it_trains(tmp_path, monkeypatch):
+    write_nights(tmp_path / "nights", {"train": 2, "val": 2, "test": 2}, seed=0, size=32, workers=1)
+    for name, value in (("DATA", tmp_path), ("CACHE", tmp_path / "cache")):
+        monkeypatch.setattr(paths, name, value)
+    monkeypatch.setattr(plots, "set_theme", lambda: None)
+    cells = json.loads((paths.NOTEBOOKS / "02_attention_evaluation.ipynb").read_text(encoding="utf-8"))["cells"]
+    parameters, *others = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    setup = others[: next(i for i, cell in enumerate(others) if "lora_tune(" in cell and "import" not in cell)]
+    names = {}
+    exec(parameters, names)
+    names |= {"dataset_root": "nights", "img_size": 32, "teacher_adapter": "adapter", "num_workers": 1}
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'adapter'} has no adapter_config.json"):
+        for cell in setup:
+            exec(cell, names)
 
 
 def test_normalization_is_the_weights_own():

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +12,7 @@ from thesis_lib import paths
 UV = """#!/bin/sh
 echo "uv $*" >> calls
 [ -f broken ] && exit 1
+case "$*" in *--clear*) echo "error: unexpected argument '--clear'" >&2; exit 2; esac # as before uv 0.8
 if [ "$1" = venv ]; then for venv; do :; done; mkdir -p "$venv/bin"; cp "$(dirname "$0")/serving" "$venv/bin/python"; fi
 exit 0
 """
@@ -40,7 +40,8 @@ def checkout(tmp_path):
 
 
 def bootstrap(folder, *names, **environment):
-    call = ["bash", "-euc", f"source tools/bootstrap.sh; bootstrap {' '.join(names)}; echo $PYTHON"]
+    real = "make_venv() { fail 'no test fills the checkout'; };" if folder == paths.ROOT else ""
+    call = ["bash", "-euc", f"source tools/bootstrap.sh; {real} bootstrap {' '.join(names)}; echo $PYTHON"]
     environment = {"PATH": str(folder / "bin")} | environment
     return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -67,6 +68,7 @@ def test_an_interrupted_environment_is_not_trusted(checkout):
     (checkout / "broken").touch()
     failed = bootstrap(checkout)
     assert failed.returncode == 1 and "uv could not make .venv" in failed.stderr
+    assert "Python 3.11 to 3.14 is needed" in failed.stderr
     (checkout / "broken").unlink()
     half = checkout / ".venv" / "bin" / "python"  # it would answer that all is well
     half.parent.mkdir(parents=True)
@@ -75,6 +77,33 @@ def test_an_interrupted_environment_is_not_trusted(checkout):
     assert bootstrap(checkout).returncode == 0
     assert not (checkout / ".venv" / "half").exists() and not (checkout / ".venv.unfinished").exists()
     assert calls(checkout)[1:] == MADE
+
+
+BASE = """#!/bin/sh
+[ "$1" = -P ] && exit 1
+if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin"; cp "${0%/*}/serving" "$3/bin/python"; echo >"$3/of-pip"; fi
+"""
+
+
+def test_where_uv_fails_pip_goes_on(checkout):
+    (checkout / "broken").touch()
+    script(checkout / "bin" / "python3", BASE)
+    made = bootstrap(checkout)
+    assert made.returncode == 0 and "uv could not make .venv (see above): trying pip" in made.stderr
+    assert (checkout / ".venv" / "of-pip").exists() and not (checkout / ".venv.unfinished").exists()
+    assert calls(checkout) == MADE[:1]
+
+
+def test_the_projects_own_environment_is_held_to_its_stamp_when_it_is_active(checkout):
+    bootstrap(checkout)
+    active = {"PATH": f"{checkout}/.venv/bin{os.pathsep}{checkout}/bin"}
+    assert bootstrap(checkout, **active).returncode == 0 and calls(checkout) == MADE
+    (checkout / "requirements.lock").write_text("2")
+    assert bootstrap(checkout, **active).stdout.strip() == str(checkout / ".venv" / "bin" / "python")
+    assert calls(checkout) == MADE + MADE[1:]
+    (checkout / ".venv.unfinished").touch()
+    assert "was interrupted" in bootstrap(checkout, **active).stderr
+    assert calls(checkout) == MADE + MADE[1:] + MADE
 
 
 def test_two_do_not_make_it_at_once(checkout):
@@ -114,10 +143,10 @@ def test_without_uv_a_python_that_suits_is_taken_before_a_newer_one(checkout, ot
     assert f"{checkout}/bin/{taken} cannot make environments" in bootstrap(checkout).stderr
 
 
-def test_an_active_environment_is_used_as_it_is_if_it_has_what_is_needed():
-    here = Path(sys.executable).parent
-    environment = {"PATH": f"{here}{os.pathsep}{os.environ['PATH']}"}
+def test_an_active_environment_is_used_as_it_is_if_it_has_what_is_needed(tmp_path):
+    script(tmp_path / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')  # this one may be the checkout's own
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     active = bootstrap(paths.ROOT, "pytest", **environment)
-    assert active.stdout.strip() == str(here / "python"), active.stderr
+    assert active.stdout.strip() == str(tmp_path / "python"), active.stderr
     lacks = bootstrap(paths.ROOT, "no_such_module", **environment)
     assert lacks.returncode == 1 and "lacks one of: no_such_module" in lacks.stderr

@@ -198,12 +198,63 @@ def test_known_embeddings_are_reused_and_equal_files_embedded_once(prepared, wor
     assert embedded == [12, distinct - 12]
     torch.testing.assert_close(read_embeddings(path).values, prepared.targets.values)
     path.write_bytes(b"no parquet")
-    write_embeddings(metric(), prepared.pixels, prepared.table, path, progress=False)
-    write_embeddings(metric(seed=1), prepared.pixels, prepared.table, path, progress=False)
+    write_embeddings(metric(), prepared.pixels, prepared.table, path, progress=False, rebuild=True)
+    write_embeddings(metric(seed=1), prepared.pixels, prepared.table, path, progress=False, rebuild=True)
     assert embedded[2:] == [distinct, distinct]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert {file.name for file in tmp_path.iterdir()} <= {path.name, path.name + ".lock"}
     with pytest.raises(ValueError, match="12 rows, the pixels 46 images"):
         write_embeddings(metric(), prepared.pixels, nights, path, progress=False)
+
+
+def test_fewer_images_neither_shrink_the_file_nor_are_more_than_these_read(prepared, world, tmp_path):
+    path = tmp_path / "table.parquet"
+    shutil.copy(prepared.path, path)
+    before, stamp = path.read_bytes(), path.stat().st_mtime_ns
+    few = image_table([NIGHTS(world / "nights", split, max_samples=2) for split in ("train", "val")])[::-1]
+    pixels = cache(few["source"], 24, folder=world / "cache", workers=1, progress=False)
+    write_embeddings(metric(), pixels, few, path, progress=False)
+    assert path.read_bytes() == before and path.stat().st_mtime_ns == stamp
+
+    own = read_embeddings(path, expect=metric()).of(few, pixels)
+    assert own.table["path"].tolist() == few["path"].tolist() and own.table["digest"].tolist() == pixels.digests
+    place = pd.Series(range(len(prepared.table)), prepared.table["path"])
+    assert torch.equal(own.values, prepared.targets.values[place[few["path"]].tolist()])
+
+    relabelled = few.assign(split="val")
+    write_embeddings(metric(), pixels, relabelled, path, progress=False)
+    whole = read_embeddings(path)
+    assert len(whole) == len(prepared.targets) and set(whole.table["split"][: len(few)]) == {"val"}
+    assert torch.equal(whole.of(prepared.table, prepared.pixels).values, prepared.targets.values)
+    with pytest.raises(ValueError, match="34 of the 46 images are not embedded, first"):
+        own.of(prepared.table, prepared.pixels)
+
+
+def test_other_pictures_under_the_same_names_stay_apart(prepared, world, tmp_path):
+    root, path = shutil.copytree(world / "nights", tmp_path / "nights"), tmp_path / "table.parquet"
+    shutil.copy(prepared.path, path)
+    for i, file in enumerate(sorted(root.rglob("*.png"))):
+        picture(file, np.random.default_rng(100 + i))
+    table = image_table([NIGHTS(root, "all")])
+    pixels = cache(table["source"], 24, folder=tmp_path / "cache", workers=1, progress=False)
+    write_embeddings(metric(), pixels, table, path, progress=False)
+    both = read_embeddings(path)
+    assert len(both) == len(prepared.table) + 42
+    torch.testing.assert_close(both.of(table, pixels).values, perceptual.embed_pixels(metric(), pixels, progress=False))
+    assert torch.equal(both.of(prepared.table, prepared.pixels).values, prepared.targets.values)
+
+
+def test_a_file_of_another_model_is_refused_unless_it_may_be_rebuilt(prepared, tmp_path):
+    path = tmp_path / "theirs.parquet"
+    shutil.copy(prepared.path, path)
+    before, other = path.read_bytes(), metric(seed=1)
+    ours, theirs = identity(other)["weights"], identity(metric())["weights"]
+    with pytest.raises(ValueError, match=f"another model .*weights '{theirs}', not '{ours}'.*name another file"):
+        write_embeddings(other, prepared.pixels, prepared.table, path, progress=False)
+    assert path.read_bytes() == before
+    path.write_bytes(b"my notes")
+    with pytest.raises(RuntimeError, match="corrupt"):
+        write_embeddings(other, prepared.pixels, prepared.table, path, progress=False)
+    assert path.read_bytes() == b"my notes"
 
 
 def test_of_two_runs_at_a_time_one_embeds(prepared, tmp_path, monkeypatch, capsys):
@@ -379,7 +430,7 @@ def test_interrupted_distillation_goes_on_to_the_same_weights(prepared, tmp_path
     other = Embeddings(prepared.targets.table, prepared.targets.values * 2, prepared.targets.identity)
     with pytest.raises(ValueError, match="task.targets"):
         distil(metric(mixer="pool"), prepared.pixels, other, prepared.val, checkpoint=tmp_path, **options)
-    with pytest.raises(ValueError, match="task.student.recipe.mixer: pool there, mha here"):
+    with pytest.raises(ValueError, match="model.recipe backbone.mixer: pool there, mha here"):
         distil(metric(), *data, checkpoint=tmp_path, **options)
 
 

@@ -1,7 +1,9 @@
 """Collections of images on their way to a parquet file: the same embeddings by every road, and nothing done twice."""
 
+import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -84,7 +86,7 @@ def test_a_folder_becomes_a_table_of_this_model(metric, tmp_path):
     torch.testing.assert_close(table.values, one_by_one(metric, paths), atol=2e-6, rtol=0)
     cached = pixels.cache(paths, 16, folder=tmp_path / "cache", progress=False)
     assert table.table["digest"].tolist() == cached.digests  # of the same content, in the same notation
-    assert os.listdir(tmp_path / "deep") == ["out.parquet"]
+    assert set(os.listdir(tmp_path / "deep")) - {"out.parquet.lock"} == {"out.parquet"}
     assert perceptual.embed_folder is embed.embed_folder
 
 
@@ -247,11 +249,59 @@ def test_a_finished_file_is_not_made_again_nor_taken_for_another(metric, tmp_pat
 
 
 def test_two_runs_do_not_fill_one_file(metric, tmp_path):
-    root, parts = folder(tmp_path / "images", 3), tmp_path / "out.parquet.parts"
-    parts.mkdir()
-    with filelock.FileLock(parts / ".lock"), pytest.raises(RuntimeError, match="another run is filling"):
+    root, lock = folder(tmp_path / "images", 3), tmp_path / "out.parquet.lock"
+    with filelock.FileLock(lock), pytest.raises(RuntimeError, match="another run is filling"):
         embed.embed_folder(metric, root, tmp_path / "out.parquet", **QUIET)
+    lock.touch()  # as a run that was killed leaves it
     assert embed.embed_folder(metric, root, tmp_path / "out.parquet", **QUIET).images == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what is open from Linux's /proc")
+def test_nothing_of_the_parts_is_open_when_they_are_removed(metric, tmp_path, monkeypatch):
+    """NFS and Windows remove no folder in which a file is open or mapped."""
+    folder(tmp_path / "images", 5)
+    csv, _ = pairs_csv(tmp_path, monkeypatch)
+    remove, found = shutil.rmtree, []
+
+    def looking(where, **options):
+        descriptors = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+        found.append([line for line in [*descriptors, *mapped] if str(where) in line])
+        remove(where, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", looking)
+    embed.embed_folder(metric, csv, tmp_path / "out.parquet", columns=("first", "other"), **QUIET)
+    assert found == [[]]
+
+
+def test_parts_that_cannot_be_removed_do_not_fail_a_finished_run(metric, tmp_path, monkeypatch):
+    root, out = folder(tmp_path / "images", 3), tmp_path / "out.parquet"
+
+    def busy(*arguments, **options):
+        raise OSError("Device or resource busy")
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    assert embed.embed_folder(metric, root, out, **QUIET).images == 3
+    assert embed.embed_folder(metric, root, out, **QUIET).images == 3
+
+
+def test_a_full_disk_under_the_plan_leaves_no_plan(metric, tmp_path, monkeypatch):
+    root, out, write = folder(tmp_path / "images", 3), tmp_path / "out.parquet", Path.write_text
+
+    def full(path, text):
+        write(path, "")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(RuntimeError, match="no room left"):
+            embed.embed_folder(metric, root, out, **QUIET)
+    plan = tmp_path / "out.parquet.parts" / "run.json"
+    plan.write_text("")  # as earlier versions left it
+    with pytest.raises(ValueError, match=r"run\.json is not whole .* delete .*out\.parquet\.parts"):
+        embed.embed_folder(metric, root, out, **QUIET)
+    plan.unlink()
+    assert embed.embed_folder(metric, root, out, **QUIET).images == 3
 
 
 def test_no_more_is_decoded_ahead_than_two_batches(metric, tmp_path, monkeypatch):

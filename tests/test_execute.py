@@ -138,6 +138,19 @@ def test_success_moves_rows_with_their_provenance_and_the_executed_notebook(hous
     assert made_by["parameters"] == everything
 
 
+def test_what_a_run_no_longer_writes_is_removed_and_no_other_runs(house):
+    notebook = house(TOUCH)
+    notebook.with_name("t.yaml").write_text("variants: {02_toy: {mixer: [mha, mha.big]}}\n")
+    others = ["02_toy-mha.big.modes", "02_toy-mha.big", "02_toy-mha.own", "02_toy-mha.own.modes", "02_toy-mhax.modes"]
+    (folder(notebook) / "notebooks").mkdir(parents=True)
+    (folder(notebook) / "notebooks" / "02_toy-mha.own.ipynb").touch()  # a run with a value of one's own
+    for name in [*others, "02_toy-mha", "02_toy-mha.modes"]:
+        (folder(notebook) / f"{name}.parquet").write_bytes(b"older")
+    execute.execute(plan(notebook))
+    found = {path.stem: path.read_bytes() for path in folder(notebook).glob("*.parquet")}
+    assert found == dict.fromkeys(others, b"older") | {"02_toy-mha": b""}
+
+
 def test_an_executed_notebook_shows_its_own_run_alone(house):
     notebook = house(TOUCH)
     content = nbformat.read(notebook, as_version=4)

@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -36,11 +37,26 @@ def test_each_run_gets_a_gpu_of_its_own_and_sees_no_other(tmp_path):
 
 
 def test_slurm_and_torchrun_have_chosen_already(monkeypatch):
-    for name in ("SLURM_JOB_ID", "LOCAL_RANK"):
+    for name, devices in (("SLURM_JOB_ID", "5"), ("LOCAL_RANK", "5,7")):
         with monkeypatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", devices)
             patch.setenv(name, "1")
             with gpu.one() as held:
-                assert held is None and gpu.visible() == ["5", "7"]
+                assert held is None and gpu.visible() == devices.split(",")
+
+
+def test_in_an_allocation_of_several_gpus_each_run_gets_its_own(monkeypatch):
+    allocation = functools.partial(monkeypatch.setenv, "SLURM_JOB_ID")
+    allocation("1")
+    with gpu.one() as held:
+        assert held == "5"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+        with gpu.one() as second:
+            assert second == "7"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+        allocation("2")  # on another node, whose 5 is another GPU
+        with gpu.one() as elsewhere:
+            assert elsewhere == "5"
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])

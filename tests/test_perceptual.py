@@ -5,6 +5,7 @@ import math
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,6 +298,16 @@ def test_preprocess_is_dreamsims_squash(mode):
     assert perceptual.preprocess((16, 24))(image).shape == (1, 3, 16, 24)
 
 
+def test_preprocess_keeps_the_upper_byte_of_16_bits_and_refuses_what_has_no_white(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 65536, (50, 80), dtype=np.uint16)
+    eight = Image.fromarray((grey // 256).astype(np.uint8))
+    preprocess = perceptual.preprocess(32)
+    assert torch.equal(preprocess(Image.fromarray(grey)), preprocess(eight))
+    Image.fromarray(grey.astype(np.float32) / 65535).save(tmp_path / "depth.tif")
+    with pytest.raises(ValueError, match=r"depth\.tif has the mode F"), Image.open(tmp_path / "depth.tif") as image:
+        preprocess(image)
+
+
 def test_load_by_name_gives_a_frozen_metric_with_that_mixer():
     metric, preprocess = perceptual.load("pool")
     x = preprocess(Image.new("RGB", (100, 60), "teal"))
@@ -361,6 +372,20 @@ def test_a_corrupt_folder_is_refused(tmp_path, model, spoil, message):
         perceptual.load(folder)
 
 
+def test_a_metric_is_whole_while_it_is_saved_again(tmp_path, model, monkeypatch):
+    metric, write = perceptual.Metric(model), Path.write_text
+    folder, seen = perceptual.save(metric, tmp_path / "metric"), []
+
+    def slowly(path, text):
+        write(path, text[:20])
+        seen.append(perceptual.load(folder))  # as another rank would
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", slowly)
+    perceptual.save(metric, folder)
+    assert len(seen) == 1 and sorted(path.name for path in folder.iterdir()) == ["metric.json", "model.safetensors"]
+
+
 def test_load_of_nothing_names_the_near_mixers_or_the_folder(tmp_path):
     with pytest.raises(ValueError, match="moh"):
         perceptual.load("mho")
@@ -382,6 +407,23 @@ def test_embedded_pixels_are_those_of_embed_in_order_whatever_the_batch(model):
     some = perceptual.embed_pixels(metric, pixels, indices=[7, 2, 7], batch_size=2, progress=False)
     torch.testing.assert_close(some, whole[[7, 2, 7]], atol=2e-6, rtol=0)
     assert pixels.read == [2, 1]
+
+
+def test_pageable_memory_is_not_copied_behind_the_programs_back(model):
+    """On mps such a copy may read memory that is in use for something else by then."""
+    asked = []
+
+    class Watched(torch.Tensor):
+        def to(self, *arguments, **options):
+            asked.append(options.get("non_blocking", False))
+            return super().to(*arguments, **options)
+
+    class Watching(Pixels):
+        def __getitem__(self, indices):
+            return super().__getitem__(indices).as_subclass(Watched)
+
+    perceptual.embed_pixels(perceptual.Metric(model), Watching(2), progress=False)
+    assert asked[:1] == [False]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

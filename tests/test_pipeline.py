@@ -1,5 +1,6 @@
 """The DAG and its two layers above: a house with the real Snakefile and package, and notebooks that do nothing."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from thesis_lib import paths, pipeline, report
+from thesis_lib import paths, pipeline, report, results
 
 SCORE = """{"metric": "2afc", "value": 0.5, "low": 0.4, "high": 0.6, "unit": "1", "n": 9, "split": "test",
     "mixer": mixer, "stage": "zero-shot"}"""
@@ -75,6 +76,63 @@ def test_an_interrupted_run_is_resumed_without_doing_again_what_had_finished(hou
     assert left == {f"{run}{end}" for run in runs for end in (".parquet", ".triplets.parquet", ".ipynb")}
 
 
+FIGURES = """\
+import hashlib
+import pandas as pd
+from thesis_lib import paths, results
+with open(paths.ROOT / "ran", "a") as ran: print("figures", file=ran)
+figure = paths.FIGURES / profile / "a.tex"
+figure.parent.mkdir(parents=True, exist_ok=True)
+figure.write_text("made")
+digest = hashlib.sha256(b"made").hexdigest()
+files = pd.DataFrame({"path": [f"{profile}/a.tex"], "sha256": [digest]})
+results.write_table(files, "09_thesis_figures", profile=profile)"""
+
+
+def test_the_figures_are_made_again_when_one_is_gone_or_rows_of_other_hardware_come(house):
+    notebook = nbformat.v4.new_notebook()
+    first = nbformat.v4.new_code_cell('profile = "demo"', metadata={"tags": ["parameters"]})
+    notebook.cells = [first, nbformat.v4.new_code_cell(FIGURES)]
+    nbformat.write(notebook, house / "notebooks" / "09_thesis_figures.ipynb")
+    ran, figure, measured = house / "ran", house / "figures" / "demo" / "a.tex", house / "data" / "measured"
+
+    def again():
+        before = ran.read_text().split() if ran.exists() else []
+        status, output = finish(start(house))
+        assert status == 0, output
+        return ran.read_text().split()[len(before) :], output
+
+    assert again()[0] == ["mha", "pool", "figures"]
+    stray = house / "data" / "results" / "demo" / "02_attention_evaluation-sra.triplets.parquet"
+    stray.touch()
+    nothing, output = again()
+    assert nothing == [] and f"warning: {stray.relative_to(house)} is of no run of this profile" in output
+    assert output.count("warning:") == 1
+    figure.unlink()
+    assert again()[0] == ["figures"] and figure.exists()
+    measured.mkdir()
+    (measured / "efficiency-gpu.parquet").touch()
+    os.utime(measured / "efficiency-gpu.parquet", (0, 0))  # as `cp -p` leaves it
+    assert again()[0] == ["figures"]
+
+
+def test_figures_that_are_not_those_of_this_run_are_forced_unless_the_user_forces_more(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    monkeypatch.setattr(paths, "FIGURES", tmp_path)
+    forced = ["--forcerun", "thesis_figures"]
+    assert "--forcerun" not in pipeline.command("demo", [])  # of a fresh clone, whose figures are committed
+    files = pd.DataFrame({"path": ["a.tex"], "sha256": [hashlib.sha256(b"made").hexdigest()]})
+    made = results.write_table(files, "09_thesis_figures", profile="demo")
+    for content, differ in ((None, True), (b"another", True), (b"made", False)):
+        if content:
+            (tmp_path / "a.tex").write_bytes(content)
+        call = pipeline.command(str(tmp_path / "demo.yaml"), [])
+        assert call[call.index("--forcerun") :][:2] == forced if differ else "--forcerun" not in call
+    made.write_bytes(b"damaged")
+    assert "--forcerun" in pipeline.command("demo", [])
+    assert pipeline.command("demo", ["-R", "attention_evaluation"]).count("--forcerun") == 0
+
+
 @pytest.fixture
 def alone(monkeypatch, tmp_path):
     """Put a small Python program, run in an empty results folder, in snakemake's place."""
@@ -115,6 +173,15 @@ def test_two_runs_do_not_fill_the_same_results(alone, tmp_path, capsys):
 def test_a_profile_that_does_not_exist_is_refused_with_those_there_are(capsys):
     assert pipeline.main(["--profile", "demp"]) == 2
     assert "there are demo, smoke, thesis" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "mine.yml"])
+def test_a_profiles_path_starts_where_the_user_is(monkeypatch, tmp_path, name):
+    (tmp_path / name).write_text("variants: {}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "run", lambda profile, options: (profile, options))
+    assert pipeline.main(["--profile", name, "-n"]) == (str(tmp_path / name), ["-n"])
+    assert pipeline.main([]) == ("demo", [])
 
 
 def test_the_users_options_come_before_our_defaults(monkeypatch):

@@ -9,7 +9,7 @@ from proposed_models import images, untrained_teacher
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch.testing import assert_close
 
-from thesis_lib import backbone, class_token, export, perceptual, proposed
+from thesis_lib import attention, backbone, class_token, export, perceptual, proposed
 from thesis_lib.layer_plan import DROP, KEEP, Plan, apply_plan, plan_of
 from thesis_lib.perceptual import Metric
 from thesis_lib.token_merging import merge_tokens
@@ -84,6 +84,15 @@ def test_a_planned_metric_is_exported(teacher, tmp_path):
     metric = proposed.planned(teacher, Plan(("mha", "drop", "pool", "mha", "drop", "mha"), merge=2))
     run = export.load(export.save_program(metric, tmp_path / "embed.pt2"))
     assert_close(run(images(5)), metric.embed(images(5)), atol=1e-4, rtol=0)
+
+
+def test_no_two_plans_share_a_label():
+    actions = (*attention.MIXERS, DROP)
+    plans = [Plan((a, b, c, KEEP, KEEP), m) for a, b, c in itertools.product(actions, repeat=3) for m in (None, 3)]
+    assert len({plan.label for plan in plans}) == len(plans)
+    known = {"mha": "M", "sra": "S", "pool": "P", "identity": "I", DROP: "-"}  # of the runs that there are
+    assert {action: Plan((action, KEEP, KEEP)).label[:-2] for action in known} == known
+    assert Plan(("moh", "soft", "performer")).label == "MoSoPe"
 
 
 def test_a_plan_is_stretched_by_place():

@@ -4,7 +4,7 @@ import torch
 from proposed_models import images, untrained_teacher
 from torch.testing import assert_close
 
-from thesis_lib import perceptual, proposed_speed
+from thesis_lib import adaptive_speed, perceptual, proposed_speed
 from thesis_lib.closed_form import count_macs
 from thesis_lib.layer_plan import DROP, KEEP, Plan
 from thesis_lib.perceptual import Metric
@@ -50,6 +50,15 @@ def test_a_deeper_model_merges_as_many_tokens_over_more_blocks():
     assert made["merged tokens"].branches[0].vit.recipe["token_merging"]["r"] == [0, 0, 4, 4, 8, 8]  # of 64 patches
     for metric in made.values():
         assert torch.isfinite(metric.embed(images())).all()
+
+
+def test_the_yardstick_is_of_the_images_device(teacher, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = set()
+    monkeypatch.setattr(adaptive_speed, "yardstick", lambda device: found.add(device.type) or 1.0)
+    models, pictures = {("teacher", "float32"): teacher}, {"teacher": (images(2) * 255).byte()}
+    proposed_speed.speed_rows(models, pictures, "teacher", rounds=1)
+    assert found == {"cpu"}
 
 
 def test_speed_rows_compare_each_model_with_the_reference(teacher):

@@ -1,4 +1,6 @@
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pandas as pd
@@ -101,7 +103,7 @@ def test_a_truncated_file_is_refused_and_named(folder, size):
 
 def test_provenance_says_who_made_it(monkeypatch, folder):
     by_hand = results.provenance(results.write([ROW], "02_study", profile="demo"))
-    assert by_hand["production"] is False and by_hand["notebook"] is None
+    assert by_hand["production"] is False and by_hand["notebook"] is None and by_hand["synthetic"] is None
     assert by_hand["hardware"]["cores"] >= 1 and by_hand["versions"]["numpy"] == np.__version__
     assert {"revision", "dirty", "time"} <= by_hand.keys()
     run = {
@@ -113,7 +115,79 @@ def test_provenance_says_who_made_it(monkeypatch, folder):
     monkeypatch.setenv("THESIS_RUN", json.dumps(run))
     path = results.write([ROW], "02_study", profile="demo")
     assert path == folder / "aside" / "02_study.parquet"
-    assert {"notebook": "02_study.ipynb", "production": True}.items() <= results.provenance(path).items()
+    assert {"notebook": "02_study.ipynb", "production": True, "synthetic": []}.items() <= results.provenance(
+        path
+    ).items()
+
+
+def git(folder, *words):
+    identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_revision_is_this_checkouts_or_none(monkeypatch, tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path)
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "x")
+    monkeypatch.setattr(paths, "ROOT", tmp_path / "link")
+    clean = results._revision()
+    assert len(clean["revision"]) == 40 and clean["dirty"] is False
+    (tmp_path / "inner" / "file").write_text("changed")
+    assert results._revision() == clean | {"dirty": True}
+    monkeypatch.setattr(paths, "ROOT", tmp_path / "inner")  # unpacked in a repository of something else
+    assert results._revision() == {"revision": None, "dirty": None}
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert results._revision() == {"revision": None, "dirty": None}
+
+
+@pytest.fixture
+def stamped(tmp_path, monkeypatch):
+    """Three data sets, of which two are synthetic, and a broken stamp."""
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    stamps = {"a": '{"format": "NIGHTS"}', "b": '{"format": "CIFAR-10"}', "real": None, "bad": "[1", "odd": "[]"}
+    for name, stamp in stamps.items():
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        if stamp:
+            (tmp_path / "raw" / name / "synthetic.json").write_text(stamp)
+    return tmp_path / "raw"
+
+
+def test_parameters_tell_which_data_sets_are_synthetic(stamped):
+    nested = {"dataset_root": "raw/a", "datasets": {"CIFAR-10": {"root": str(stamped / "b"), "runs": [{"x": None}, 3]}}}
+    assert results.stand_ins(nested) == ["CIFAR-10", "NIGHTS"]
+    odd = ["raw/bad", "raw/odd", "raw/none", "x" * 5000, "a\0b", "\ud800", "", "~", "/", True]
+    assert results.stand_ins({"root": "raw/real", "odd": odd}) == []
+    assert results.stand_ins(None) is None
+
+
+def test_origins_name_every_revision_what_was_made_by_hand_and_what_is_synthetic(stamped, monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "MEASURED", tmp_path / "measured")
+
+    def make(name, revision, run, dirty=False, folder=None):
+        with monkeypatch.context() as patch:
+            patch.setattr(results, "_machine", lambda: {"revision": revision, "dirty": dirty})
+            patch.setenv("THESIS_RUN", json.dumps(run))
+            results.write([ROW], name, profile="demo", folder=folder)
+
+    make("02_study-mha", "a" * 40, {"parameters": {"root": "raw/a"}, "production": True})
+    make("09_thesis_figures", "f" * 40, {"parameters": {}, "production": True})
+    alone = results.origins("demo")
+    assert alone["text"] == "rows measured at revision aaaaaaaaaa" and alone["synthetic"] == ["NIGHTS"]
+    make("02_study-pool", "b" * 40, {"parameters": {"roots": ["raw/a", "raw/b"]}, "production": True}, dirty=None)
+    make("02_study-sra", "b" * 40, {"parameters": {"lr": 1}, "production": False}, dirty=True)
+    make("03_cost", None, {}, dirty=None)
+    make("efficiency-gpu", "c" * 40, {"parameters": {}, "production": True}, folder=paths.MEASURED)
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "demo" / "04_other.parquet")
+    found = results.origins("demo")
+    assert found["revisions"] == ["aaaaaaaaaa", "bbbbbbbbbb", "bbbbbbbbbb+", "cccccccccc", "unknown"]
+    assert found["by_hand"] == ["02_study-sra", "03_cost", "04_other"]
+    assert found["synthetic"] == ["CIFAR-10", "NIGHTS"]
+    assert "at revisions aaaaaaaaaa, bbbbbbbbbb," in found["text"] and found["text"].endswith("03_cost, 04_other")
 
 
 def test_a_running_notebook_reads_what_it_has_written_before_what_was_there(monkeypatch, folder):

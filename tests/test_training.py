@@ -2,6 +2,7 @@ import inspect
 import math
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from thesis_lib import perceptual, trainer, training
+from thesis_lib import backbone as backbones
+from thesis_lib import checkpoint, perceptual, trainer, training
 from thesis_lib.training import Batches, fit, learning_rate, lora_tune, triplet_batches, two_afc
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
@@ -146,7 +148,7 @@ def test_more_epochs_go_on_from_a_finished_constant_run(tmp_path):
     fit(extended, squares, epochs_of(8), epochs=1, **options)
     assert without_times(fit(extended, squares, epochs_of(8), epochs=3, **options)) == without_times(expected)
     assert same_weights(whole, extended)
-    with pytest.raises(ValueError, match="holds 3 epochs, more than the 2"):
+    with pytest.raises(ValueError, match=f"holds 3 epochs, more than the 2 .*delete {tmp_path}/state.pt to train anew"):
         fit(network(), squares, epochs_of(8), epochs=2, **options)
 
 
@@ -206,6 +208,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, named):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=named):
         fit(**base | change)
+    with pytest.raises(ValueError, match=f"; delete {tmp_path}/state.pt to train anew"):
+        fit(**base | change)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert len(fit(**base | change, resume=False)) == 1
 
@@ -233,13 +237,73 @@ def test_resume_modes(tmp_path):
         fit(network(), squares, epochs_of(8), resume="yes", **options)
 
 
+def test_what_other_code_finished_is_kept_aside_and_trained_anew(tmp_path, monkeypatch):
+    options = {"epochs": 2, "lr": 0.01, "checkpoint": tmp_path / "run", **FAST}
+    rows = fit(network(), squares, epochs_of(8), **options)
+    old = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    (tmp_path / "run.old").mkdir()  # of an older code still: replaced
+    (tmp_path / "run.old" / "older").touch()
+    monkeypatch.setattr(checkpoint, "CODE", "corrected")
+    with pytest.raises(ValueError, match="more than the 1 asked for"):  # what is asked must make sense first
+        fit(network(), squares, epochs_of(8), **options | {"epochs": 1})
+    with pytest.warns(RuntimeWarning, match="code changed since .*training goes on after epoch 2"):
+        assert fit(network(), squares, epochs_of(8), resume="must", **options) == rows
+    with pytest.warns(RuntimeWarning, match=f"code changed since .*moved to {tmp_path}/run.old, .* anew") as told:
+        again = fit(network(), squares, epochs_of(8), **options)
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    assert again != rows and without_times(again) == without_times(rows)  # trained again: other times
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run.old").iterdir()} == old
+    assert fit(network(), squares, epochs_of(8), **options) == again  # it is of this code now
+
+
+@pytest.mark.parametrize("written_by", ["other code", "code that did not say"])
+def test_what_other_code_began_goes_on(tmp_path, monkeypatch, written_by):
+    options = {"lr": 0.01, "checkpoint": tmp_path / "run", **FAST}
+    whole, resumed = network(), network()
+    expected = fit(whole, squares, epochs_of(8), epochs=3, lr=0.01, **FAST)
+    with pytest.raises(KeyboardInterrupt):
+        fit(resumed, Interrupting(6), epochs_of(8), epochs=2, **options)
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    if written_by == "other code":
+        state["code"] = "other"
+    else:
+        del state["code"]
+    torch.save(state, tmp_path / "run/state.pt")
+    with pytest.warns(RuntimeWarning, match="code changed since .*training goes on after epoch 1"):
+        fit(resumed, squares, epochs_of(8), epochs=2, **options)
+    monkeypatch.setattr(checkpoint, "CODE", "a third")
+    with pytest.warns(RuntimeWarning, match="goes on after epoch 2"):  # more epochs than it holds: not finished
+        rows = fit(resumed, squares, epochs_of(8), epochs=3, **options)
+    assert without_times(rows) == without_times(expected) and same_weights(whole, resumed)
+    assert not (tmp_path / "run.old").exists()
+
+
+def test_a_run_that_stopped_early_had_finished(tmp_path, monkeypatch):
+    def worse(model, epoch):
+        return {"2afc": -float(epoch)}
+
+    options = {"epochs": 9, "lr": 0.01, "evaluate": worse, "patience": 2, "checkpoint": tmp_path / "run", **FAST}
+    rows = fit(network(), squares, epochs_of(8), **options)
+    assert len(rows) == 3 and fit(network(), squares, epochs_of(8), **options) == rows
+    monkeypatch.setattr(checkpoint, "CODE", "corrected")
+    with pytest.warns(RuntimeWarning, match="run.old, and training starts anew"):
+        assert len(fit(network(), squares, epochs_of(8), **options)) == 3
+
+
+def test_every_module_that_trains_decides_what_the_code_is():
+    found = {pattern: set(checkpoint.PACKAGE.glob(f"{pattern}.py")) for pattern in checkpoint.TRAINED_BY}
+    assert all(found.values()), found  # a module that was renamed
+    trains = {path for path in checkpoint.PACKAGE.rglob("*.py") if re.search(r"\bfit\(\n", path.read_text())}
+    assert len(trains) > 5 and not trains - set.union(*found.values())
+
+
 @pytest.mark.parametrize("file", ["state.pt", "*.safetensors"])
 def test_a_corrupt_checkpoint_is_refused(tmp_path, file):
     options = {"epochs": 1, "lr": 0.01, "checkpoint": tmp_path, **FAST}
     fit(network(), squares, epochs_of(8), **options)
     (path,) = tmp_path.glob(file)
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(RuntimeError, match="cannot be read .* resume=False"):
+    with pytest.raises(RuntimeError, match=f"cannot be read .* delete {tmp_path}/state.pt to train anew"):
         fit(network(), squares, epochs_of(8), **options)
 
 
@@ -307,13 +371,20 @@ def test_averaged_weights_are_those_computed_by_hand():
     options = {"epochs": 2, "lr": 0.05, **FAST}
     plain, averaged = network(dropout=0.0), network(dropout=0.0)
     fit(plain, squares, epochs_of(16), **options)
-    fit(averaged, loss, epochs_of(16), ema_decay=0.7, **options)
+    with pytest.warns(RuntimeWarning, match="ema_decay=0.7 is too high for this run: 24% of the average after 4 steps"):
+        fit(averaged, loss, epochs_of(16), ema_decay=0.7, **options)
     weights = [*before, [p.detach() for p in plain.parameters()]]  # w0 ... w4
     for i, parameter in enumerate(averaged.parameters()):
         expected = weights[0][i]
         for step in weights[1:]:
             expected = 0.7 * expected + 0.3 * step[i]
         torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_the_average_of_a_long_run_is_taken_without_a_word_and_no_gradient_stays(recwarn):
+    model = network(dropout=0.0)
+    fit(model, squares, epochs_of(16), ema_decay=0.4, epochs=2, lr=0.05, **FAST)
+    assert not recwarn.list and all(p.grad is None for p in model.parameters())
 
 
 def test_only_what_requires_a_gradient_is_trained_and_groups_scale_the_rate():
@@ -329,6 +400,17 @@ def test_only_what_requires_a_gradient_is_trained_and_groups_scale_the_rate():
     torch.testing.assert_close((model[3].bias - start["3.bias"]).abs(), torch.tensor([0.0025]), rtol=1e-3, atol=0)
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         fit(network().requires_grad_(False), squares, epochs_of(32), epochs=1, lr=0.01, **FAST)
+
+
+def test_a_gpu_named_by_its_number_is_the_one_taken(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with pytest.raises(ValueError, match="there is only 'cpu'"):  # Accelerate takes the current one, were there any
+        fit(network(), squares, epochs_of(16), **FAST | {"device": "cuda:1"}, epochs=1, lr=0.1)
+    assert chosen == [torch.device("cuda:1")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a GPU of its own, so say 'cuda'"):
+        fit(network(), squares, epochs_of(16), **FAST | {"device": "cuda:1"}, epochs=1, lr=0.1)
 
 
 def test_precision_and_device_are_those_of_each_call():
@@ -383,14 +465,21 @@ class SimpleIterable:
 
 
 TWO_PROCESSES = """
-import os, sys, torch
+import os, sys, torch, warnings
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_training import epochs_of, network, score, squares, without_times
+from thesis_lib import checkpoint
 from thesis_lib.training import fit
 fit(network(), squares, epochs_of(8), epochs=1, lr=0.01, device="cpu", mixed_precision="bf16", progress=False)
 model = network(dropout=0.0)
-rows = fit(model, squares, epochs_of(3), epochs=1, lr=0.01, evaluate=score, checkpoint={folder!r}, device="cpu",
-           progress=False)
+options = dict(epochs=1, lr=0.01, evaluate=score, checkpoint={folder!r}, device="cpu", progress=False)
+rows = fit(model, squares, epochs_of(3), **options)
+checkpoint.CODE = "corrected"
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    again = fit(network(dropout=0.0), squares, epochs_of(3), **options)
+assert again != rows and without_times(again) == without_times(rows)  # both trained anew
+assert sum("code changed" in str(w.message) for w in told) == (os.environ["RANK"] == "0")
 if os.environ["RANK"] == "1":  # the process that neither evaluated nor wrote
     torch.save((rows, model.state_dict()), {out!r})
 """
@@ -413,6 +502,7 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path):
         timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+    assert (tmp_path / "run.old/state.pt").exists() and (tmp_path / "run/state.pt").exists()
     rows, state = torch.load(out, weights_only=True)
     one = network(dropout=0.0)
     alone = lambda e, g: list(epochs_of(6)(e, g))[:5]  # noqa: E731  10 of 11 batches of 3: the odd one is left out
@@ -439,11 +529,17 @@ class FakePixels:
         return self.images[torch.as_tensor(np.asarray(indices))]
 
 
-def tiny_vit(seed=0):
+def tiny_vit(seed=0, patch_size=8):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VisionTransformer(
-            img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=0, global_pool="token"
+            img_size=16,
+            patch_size=patch_size,
+            embed_dim=24,
+            depth=2,
+            num_heads=2,
+            num_classes=0,
+            global_pool="token",
         )
     model.recipe = {"name": "tiny", "img_size": 16, "mixer": "mha", "layers": None, "mixer_options": {}}
     return model.eval()
@@ -514,6 +610,21 @@ def test_lora_tuning_learns_and_returns_a_plain_backbone(triplets, tmp_path):
     assert same == rows and same_weights(again, tuned)
     with pytest.raises(ValueError, match="task.margin: 0.05 there, 0.1 here"):
         lora_tune(backbone, pixels, data, data, checkpoint=tmp_path, margin=0.1, **options)
+
+
+def test_a_tuning_of_another_mixer_or_other_options_is_refused(triplets, tmp_path):
+    """A pool's kernel makes no parameters, and an Identity has those of a Pool: shapes cannot tell them apart."""
+    pixels, data = triplets
+    options = {"epochs": 1, "batch_size": 8, "checkpoint": tmp_path, **FAST}
+
+    def tune(mixer, **mixer_options):
+        lora_tune(backbones.swap(tiny_vit(patch_size=4), mixer, **mixer_options), pixels, data, data, **options)
+
+    tune("pool", kernel=3)
+    with pytest.raises(ValueError, match=r"\(model.recipe \S+.mixer_options.kernel: 3 there, 5 here\)"):
+        tune("pool", kernel=5)
+    with pytest.raises(ValueError, match="mixer: pool there, identity here"):
+        tune("identity")
 
 
 def test_interrupted_lora_tuning_goes_on_to_the_same_weights(triplets, tmp_path, monkeypatch):

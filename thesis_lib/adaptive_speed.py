@@ -38,8 +38,16 @@ def beta_for_tokens(model: AdaptiveViT, images: Tensor, share: float, *, steps: 
     return middle
 
 
-def interleaved(tasks: Mapping[str, Callable[[], object]], *, rounds: int, seconds: float = 60.0) -> dict:
+def interleaved(
+    tasks: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    seconds: float = 60.0,
+    device: torch.device | str | None = None,
+) -> dict:
     """Time tasks in turn, each round starting with the next one: {name: seconds of its runs, float64 (rounds,)}.
+
+    device: where the tasks run, which is waited for and has the yardstick; None: a GPU where there is one.
 
     One run of each before is not timed. The yardstick is timed around each run: where it took longer than at quiet
     moments by more than `yardstick.DISTURBED`, the run is repeated at once, and of TRIES the one beside the quickest
@@ -48,7 +56,7 @@ def interleaved(tasks: Mapping[str, Callable[[], object]], *, rounds: int, secon
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for task in tasks.values():
         task()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     seen, end = [yardstick(device)], time.perf_counter() + seconds
     for i, names in enumerate(rotated(list(tasks), rounds)):
         if i >= 3 and time.perf_counter() > end:
@@ -58,8 +66,8 @@ def interleaved(tasks: Mapping[str, Callable[[], object]], *, rounds: int, secon
             while len(tried) < TRIES and not any(beside <= DISTURBED * quiet(seen) for beside, _ in tried):
                 before, start = yardstick(device), time.perf_counter()
                 tasks[name]()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
                 spent, after = time.perf_counter() - start, yardstick(device)
                 seen += [before, after]
                 tried.append((max(before, after), spent))
@@ -79,8 +87,11 @@ def passes(models: Mapping[str, Callable[[Tensor], object]], images: Tensor) -> 
 
 
 def engines(dense: nn.Module, model: AdaptiveViT, images: Tensor) -> dict[str, Callable[[], object]]:
-    """Return the forward passes to compare: a plain ViT, and the adaptive model masked and removing tokens."""
-    forms = (dense.eval(), model.eval(), TokenRemoval(model))
+    """Return the forward passes to compare: a plain ViT, and the adaptive model masked and removing tokens.
+
+    Both models move to the images' device.
+    """
+    forms = (dense.to(images.device).eval(), model.to(images.device).eval(), TokenRemoval(model))
     return passes(dict(zip(ENGINES, forms, strict=True)), images)
 
 
@@ -119,7 +130,7 @@ def engine_rows(
         for name, model in models.items():
             first, *own = engines(dense, model, images[:batch]).items()
             tasks |= dict([first]) | {(name, engine): task for engine, task in own}
-        times = interleaved(tasks, rounds=rounds, seconds=seconds)
+        times = interleaved(tasks, rounds=rounds, seconds=seconds, device=images.device)
         for name in models:
             found = {engine: times.get((name, engine), times["dense"]) for engine in ENGINES}
             rows += time_rows(found, batch=batch, column="engine", model=name, **protocol)
@@ -142,12 +153,12 @@ def speedup_rows(
     runs, with the range that holds its middle half (low, high); and over the dense model in multiply-adds (engine
     "ideal"). `share`: tokens really kept. `beta`: the one that did it.
     """
-    rows, trained = [], model.halting
+    rows, trained, limits = [], model.halting, {"rounds": rounds, "seconds": seconds, "device": images.device}
     try:
         for wanted in shares:
-            model.halting = replace(trained, beta=beta_for_tokens(model, images, wanted))
+            model.halting = replace(trained, beta=beta_for_tokens(model.to(images.device), images, wanted))
             tokens = TokenRemoval(model).run(images).tokens
-            times = interleaved(engines(dense, model, images), rounds=rounds, seconds=seconds)
+            times = interleaved(engines(dense, model, images), **limits)
             common = {"metric": "speedup", "unit": "1", "batch": len(images), "beta": model.halting.beta}
             common |= {"share": tokens_kept(model, images)} | protocol
             for name in ENGINES[:2]:

@@ -240,10 +240,8 @@ def save(model: AdaptiveViT, path: str | Path) -> Path:
     recipe |= {"mixer": "mha", "layers": None, "mixer_options": {}}
     state = {key: value.detach().cpu().contiguous() for key, value in vit.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{path}.part")
     metadata = {"format": "pt", "recipe": json.dumps(recipe), "halting": json.dumps(asdict(model.halting))}
-    save_file(state, temporary, metadata=metadata)
-    return temporary.replace(path)
+    return backbone.write_whole(path, lambda part: save_file(state, part, metadata=metadata))
 
 
 def load(path: str | Path) -> AdaptiveViT:

@@ -132,6 +132,7 @@ def train_classifier(
     halting = str(getattr(model, "halting", None))
     config = {"batch_size": batch_size, "label_smoothing": label_smoothing, "augment": augment, "halting": halting}
     config["data"] = digest([("labels", torch.from_numpy(labels))])
+    config["start"] = digest(model.state_dict().items())
     options = {"evaluate": evaluate, "select": None, "config": config, "parameters": groups} | options
     return fit(model, loss, batches, epochs=epochs, lr=lr, **options)
 
@@ -266,7 +267,10 @@ def tune_metric(
     if objective == "2afc":
         batches = triplet_batches(pixels, train.index, train.right_vote, batch_size, max_batches=max_batches)
     config = {"objective": objective, "batch_size": batch_size, "margin": margin, "feature": student.feature}
-    config["halting"] = str(student.backbone.halting)
-    learnt = {"targets": targets} if objective == "distillation" else {"index": torch.from_numpy(train.index)}
+    config |= {"halting": str(student.backbone.halting), "start": digest(student.backbone.state_dict().items())}
+    votes = lambda: {"index": torch.from_numpy(train.index), "votes": torch.from_numpy(train.right_vote)}
+    learnt = {"targets": targets} if objective == "distillation" else votes()
+    # Before it the embedding is taken, and processes wait for the gradient of all that is trained.
+    student.backbone.vit.norm.requires_grad_(student.feature == "cls_norm")
     options = {"evaluate": evaluate, "select": None, "config": config | {"data": digest(learnt.items())}} | options
     return fit(student, loss, batches, epochs=epochs, lr=lr, **options)

@@ -84,9 +84,8 @@ def export(model: AttentionTransfer, path: str | Path) -> Path:
     state = {name: value.detach().cpu().contiguous() for name, value in model.student.state_dict().items()}
     pixels = {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
     about = {"student": model.student.description, "options": model.options, "pixels": pixels}
-    temporary = Path(f"{path}.part")
-    save_file(state, temporary, metadata={"format": "pt", METADATA: json.dumps(about)})
-    return temporary.replace(path)
+    metadata = {"format": "pt", METADATA: json.dumps(about)}
+    return backbones.write_whole(path, lambda part: save_file(state, part, metadata=metadata))
 
 
 def load(path: str | Path, teacher: VisionTransformer | None = None) -> AttentionTransfer:

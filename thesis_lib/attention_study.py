@@ -1,8 +1,9 @@
 """The comparison of attention transfer: every run on the same data, teacher, size and schedule of the same loop."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from thesis_lib.attention.base import suggest
 from thesis_lib.attention_students import create_student, load_encoder
 from thesis_lib.attention_training import accuracy_row, predict, train_classifier
 from thesis_lib.attention_transfer import AttentionTransfer
+from thesis_lib.datasets import pixels
 from thesis_lib.trainer import train_each
 
 TRANSFER = ("mode", "end_layer", "layers", "heads", "average", "drop_path")
@@ -25,9 +27,12 @@ RECIPE = (*TRANSFER, *TRAINING, "blr", "min_blr", "augment", "init")
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished run: the model, its log (a row an epoch), and its scores of the test images (n, classes)."""
+    """One finished run: the model, its log (a row an epoch), and its scores of the test images (n, classes).
 
-    model: AttentionTransfer
+    model: on the CPU; None where `run` was told not to keep it.
+    """
+
+    model: AttentionTransfer | None
     log: list[dict]
     scores: Tensor
 
@@ -58,13 +63,17 @@ class Study:
     folder: Path
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @cached_property
     def teacher(self) -> VisionTransformer:
-        """Build the pretrained teacher."""
+        """Build the pretrained teacher, which all runs share."""
         return backbones.create(self.backbone, pretrained=self.pretrained, img_size=self.img_size)
 
-    def run(self, name: str, recipe: Mapping[str, Any], *, mixer: str = "mha", **mixer_options: Any) -> Outcome:
+    def run(
+        self, name: str, recipe: Mapping[str, Any], *, mixer: str = "mha", keep: bool = True, **mixer_options: Any
+    ) -> Outcome:
         """Train one student from the study's seed, or take up its checkpoint, and score the test images once.
 
+        keep: hold on to the model, in the CPU's memory.
         Raises ValueError for a name that no recipe has.
         """
         for key in recipe:
@@ -75,7 +84,7 @@ class Study:
         student = create_student(self.backbone, self.classes, mixer=mixer, **size, **mixer_options)
         mode, teacher = recipe.get("mode", "none"), None
         if mode != "none" or recipe.get("init"):
-            teacher = self.teacher()
+            teacher = self.teacher
         if recipe.get("init"):
             load_encoder(student, teacher.state_dict(), self.backbone)
         transfer = {key: recipe[key] for key in TRANSFER if key in recipe}
@@ -103,7 +112,10 @@ class Study:
             **training,
             **self.options,
         )
-        return Outcome(model, log, predict(model, self.data["test"][0], batch_size=self.batch_size, device=device))
+        scores = predict(model, self.data["test"][0], batch_size=self.batch_size, device=device)
+        model.zero_grad()
+        model.cpu()  # the shared teacher, too
+        return Outcome(model if keep else None, log, scores)
 
     def run_all(self, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Outcome]:
         """Do several runs, given by name with the other arguments of `run`; on a CPU side by side (`train_each`)."""
@@ -119,9 +131,16 @@ class Study:
         return accuracy_row(scores, self.data["test"][1], split="test", image_size=self.img_size, **protocol)
 
     def _normalised(self, model: AttentionTransfer) -> Iterable[Tensor]:
-        pixels = self.data["train"][0]
-        for rows in torch.arange(len(pixels)).split(self.batch_size):
-            yield (pixels[rows.numpy()].to(model.mean.device).float() / 255 - model.mean) / model.std
+        images = self.data["train"][0]
+        for rows in torch.arange(len(images)).split(self.batch_size):
+            yield (images[rows.numpy()].to(model.mean.device).float() / 255 - model.mean) / model.std
+
+
+def readable(sources: Sequence, size: int, *, on_error: str = "raise") -> tuple[pixels.Pixels, np.ndarray]:
+    """Cache images; return those that could be read, and their positions among the sources, (n,)."""
+    cached = pixels.cache(sources, size, on_error=on_error)
+    rows = np.flatnonzero(cached.usable)
+    return (pixels.cache([sources[i] for i in rows], size) if cached.skipped else cached), rows
 
 
 def _effort(recipe: Mapping[str, Any]) -> float:

@@ -1,16 +1,39 @@
-"""Checkpoints of `training.fit`: written so that an interruption never leaves half of one, refused for another run."""
+"""Checkpoints of `training.fit`: written so that an interruption never leaves half of one, refused for another run.
+
+Each says which code wrote it: what other code finished is trained anew, what other code began goes on.
+"""
 
 import hashlib
 import io
 import json
 import os
+import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+
+PACKAGE = Path(__file__).parent
+TRAINED_BY = (  # what decides the weights that a run ends with
+    *("training", "trainer", "backbone", "perceptual", "distillation", "layer_plan", "attention/*"),
+    *("attention_t*", "attention_students", "adaptive_t*", "token_*", "class*", "augmentation", "demo_backbone"),
+    *("correspondence/features", "correspondence/diffusion", "correspondence/hyperfeatures"),
+    *("correspondence/students", "correspondence/objectives", "correspondence/training"),
+)
+
+
+def _code() -> str:
+    files = {path for pattern in TRAINED_BY for path in PACKAGE.glob(f"{pattern}.py")}
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+
+
+CODE = _code()  # of this process, whatever is written to its files meanwhile
 
 
 class Checkpoint:
@@ -23,6 +46,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path, config: Mapping) -> None:
         self.folder = Path(folder)
         self.path = self.folder / "state.pt"
+        self.advice = f"delete {self.path} to train anew"
         self.config = json.loads(json.dumps(config, default=str))  # as the values come back from the file
 
     def load(self) -> dict | None:
@@ -32,20 +56,39 @@ class Checkpoint:
         """
         if not self.path.exists():
             return None
-        advice = "pass resume=False to start anew, or name another folder"
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             found, files = _flat(state["config"]), state["files"]
             state["weights"] = {role: safetensors.torch.load_file(self.folder / name) for role, name in files.items()}
         except Exception as error:  # pickle, zip, safetensors and file errors share no narrower class
-            raise RuntimeError(f"the checkpoint {self.folder} cannot be read ({error}); {advice}") from error
+            raise RuntimeError(f"the checkpoint {self.folder} cannot be read ({error}); {self.advice}") from error
         own = _flat(self.config)
         keys = [key for key in sorted(found.keys() | own.keys()) if found.get(key) != own.get(key)]
         if keys:
             shown = "; ".join(f"{key}: {found.get(key)} there, {own.get(key)} here" for key in keys[:8])
             more = f"; and {len(keys) - 8} more" if len(keys) > 8 else ""
-            raise ValueError(f"the checkpoint {self.folder} is of another run ({shown}{more}); {advice}")
+            raise ValueError(f"the checkpoint {self.folder} is of another run ({shown}{more}); {self.advice}")
         return state
+
+    def accept(self, state: dict, finished: bool, accelerator: Accelerator) -> dict | None:
+        """Return the state that `load` gave, or None where other code finished it: then it waits in `<folder>.old`.
+
+        Where the code is another one there is a warning. Every process must call this after it has loaded.
+        """
+        (same,) = broadcast_object_list([state.get("code") == CODE])  # the main process decides
+        if same:
+            return state
+        accelerator.wait_for_everyone()  # nobody reads any longer what is moved now
+        if accelerator.is_main_process:
+            what = f"training goes on after epoch {state['epoch']}"
+            if finished:
+                old = self.folder.with_name(f"{self.folder.name}.old")
+                shutil.rmtree(old, ignore_errors=True)
+                self.folder.rename(old)
+                what = f"it is moved to {old}, and training starts anew"
+            what = f"the code changed since the checkpoint {self.folder} was written: {what}"
+            warnings.warn(what, RuntimeWarning, stacklevel=3)
+        return None if finished else state
 
     def save(self, state: Mapping, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Store `state` and the weights of each role in place of what was there.
@@ -54,7 +97,7 @@ class Checkpoint:
         """
         files = {role: f"{digest(tensors.items())[:16]}.safetensors" for role, tensors in weights.items()}
         buffer = io.BytesIO()
-        torch.save({**state, "config": self.config, "files": files}, buffer)
+        torch.save({**state, "config": self.config, "code": CODE, "files": files}, buffer)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for role, name in files.items():
@@ -85,12 +128,18 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def model_config(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Describe a model for `Checkpoint.config`: shapes of what is trained, digest of what is not, parameter groups."""
+    """Describe a model for `Checkpoint.config`: recipes, shapes of what is trained, digest of the rest, groups.
+
+    Recipes are those of the backbones within: they name mixer and options, which shapes need not tell apart.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     config: dict[str, Any] = {
         "trained": {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad},
         "frozen": digest((name, p) for name, p in model.named_parameters() if not p.requires_grad),
     }
+    for name, module in model.named_modules():
+        for kind in vars(module).keys() & {"recipe", "description"}:  # of `backbone.create`, of `create_student`
+            config[f"{kind} {name}".strip()] = vars(module)[kind]
     for i, group in enumerate(optimizer.param_groups):
         options = {key: group[key] for key in ("weight_decay", "lr_scale") if key in group}
         config[f"group {i}"] = options | {"parameters": [names[id(p)] for p in group["params"]]}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from thesis_lib import perceptual
 from thesis_lib.checkpoint import digest
-from thesis_lib.embeddings import Embeddings, identity, image_label, training_rows
+from thesis_lib.embeddings import Embeddings, image_label, training_rows
 from thesis_lib.training import Batches, fit
 
 TRAINABLE = ("mlp_norm", "all")
@@ -96,7 +96,8 @@ def distil(
     config = {
         "batch_size": batch_size,
         "eval_2afc_every": eval_2afc_every,
-        "student": identity(student) | {"weights": ""},
+        "feature": student.feature,
+        "normalize": student.normalize,
     }
     data = {"values": targets.values, "learnt": torch.from_numpy(learnt), "val": torch.from_numpy(index)}
     config["targets"] = digest(data.items())

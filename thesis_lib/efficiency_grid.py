@@ -241,6 +241,7 @@ def analytic_crossings(
     """Return the same rows in multiply-adds: the token count from which a layer needs fewer than MHA for good.
 
     Where there is none up to max_side² patches, the first count at which it needs fewer, and `until`, the last of them.
+    `before`: the ranges below it in which it needs fewer, too, as text ("2–65, 101").
     """
     rows, largest = [], max_side**2 + 1
     for name in backbones:
@@ -254,6 +255,7 @@ def analytic_crossings(
             ranges = closed_form.saving_ranges(mixer, dim, heads, prefix_tokens=prefix, max_side=max_side, **options)
             row = {"metric": "crossing", "unit": "token", "n": 1, "stage": "analytic", "backbone": name, "mixer": mixer}
             first, last = ([found for found in ranges if found[1] is None] or ranges or [(None, None)])[0]
-            row |= {"smallest": prefix + 1, "largest": largest, "until": last}
+            few = [f"{a}–{b}" if a != b else str(a) for a, b in ranges if b is not None and a < first]
+            row |= {"smallest": prefix + 1, "largest": largest, "until": last, "before": ", ".join(few) or None}
             rows.append(row | {"value": first, "note": None if ranges else f"none up to {largest}"})
     return rows

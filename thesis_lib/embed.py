@@ -6,6 +6,7 @@
 SOURCE is a folder of images, ImageNet-100 in parquet shards (`datasets.imagenet100`), or a csv of pairs. OUT is a table
 that `embeddings.read_embeddings` reads; of a csv OUT.distances.parquet is written, too. Images are embedded in parts,
 kept in OUT.parquet.parts until all are there: an interrupted run goes on behind the last finished part of each process.
+OUT.parquet.lock, which keeps two runs apart, stays and does no harm.
 """
 
 import argparse

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from thesis_lib import perceptual
+from thesis_lib import backbone, perceptual
 from thesis_lib.embed_sources import CHUNK, Listing
 
 
@@ -50,18 +52,27 @@ class Parts:
         found = pq.read_schema(self.path(k)).metadata[b"images"].decode()
         return found == self.images.digest(self.rows(k)) and (on_error == "skip" or not self.skipped(k))
 
-    def claimed(self) -> filelock.BaseFileLock:
-        """Make the folder or check that its parts are of this run, and lock it against other runs until released."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock, plan = filelock.FileLock(self.folder / ".lock"), self.folder / "run.json"
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Make the folder or check that its parts are of this run, and lock it against other runs until the end.
+
+        The lock lies beside the folder, which NFS and Windows cannot remove while a file in it is open. What is locked
+        is the open file: one that an earlier run left there locks nobody out.
+        """
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        lock, plan = filelock.FileLock(self.folder.with_suffix(".lock")), self.folder / "run.json"
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise RuntimeError(f"another run is filling {self.folder}: wait for it, or name another file") from error
-        if not plan.exists():
-            plan.write_text(json.dumps(self.run))
-        _same(json.loads(plan.read_text()), self.run, self.folder)
-        return lock
+        try:
+            self.folder.mkdir(exist_ok=True)
+            if not plan.exists():
+                backbone.write_whole(plan, lambda part: part.write_text(json.dumps(self.run)))
+            _same(_read(plan), self.run, self.folder)
+            yield
+        finally:
+            lock.release()
 
     def write(self, k: int, table: pa.Table) -> None:
         temporary = self.path(k).with_suffix(".tmp")
@@ -70,6 +81,13 @@ class Parts:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path(k))
+
+
+def _read(plan: Path) -> dict:
+    try:
+        return json.loads(plan.read_text())
+    except ValueError as error:
+        raise ValueError(f"{plan} is not whole and does not say whose parts are there: delete {plan.parent}") from error
 
 
 def join(images: Listing, parts: Parts, out: Path, run: dict) -> None:
@@ -95,9 +113,10 @@ def join(images: Listing, parts: Parts, out: Path, run: dict) -> None:
         usable = ~np.isin(np.arange(len(images)), list(lacking))
         vectors = np.memmap(raw, np.float32, "r", shape=(int(usable.sum()), parts.run["width"]))
         _write_distances(images, usable, vectors, parts.folder / "distances.tmp", metadata)
+        del vectors  # what is still mapped cannot be removed everywhere
         os.replace(parts.folder / "distances.tmp", _distances(out))
     os.replace(joined, out)
-    shutil.rmtree(parts.folder)
+    shutil.rmtree(parts.folder, ignore_errors=True)  # `out` is in place: what is left of the parts does no harm
 
 
 def _write_distances(images: Listing, usable: np.ndarray, vectors: np.ndarray, path: Path, metadata: dict) -> None:

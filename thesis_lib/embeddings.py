@@ -4,7 +4,6 @@ A table is parquet with path, digest, split, role and embedding, and carries the
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from thesis_lib import perceptual
+from thesis_lib import backbone, perceptual
 from thesis_lib.checkpoint import digest
 from thesis_lib.datasets.folders import image_folder
 from thesis_lib.datasets.imagenet100 import ImageNet100
@@ -78,6 +77,19 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.table)
 
+    def of(self, table: pd.DataFrame, pixels: Any) -> "Embeddings":
+        """Return exactly the images of `table`, its rows in the order of `pixels`; leave out skipped images.
+
+        ValueError: one is not embedded.
+        """
+        rows = _listed(table, pixels)
+        place = {key: i for i, key in enumerate(self.table["digest"])}
+        absent = rows.loc[~rows["digest"].isin(place), "path"]
+        if len(absent):
+            first = f"first {absent.iloc[0]}: run notebook 04 with the same data sets and at least as many samples"
+            raise ValueError(f"{len(absent)} of the {len(rows)} images are not embedded, {first}")
+        return Embeddings(rows, self.values[[place[key] for key in rows["digest"]]], self.identity)
+
 
 def write_embeddings(
     metric: nn.Module,
@@ -89,57 +101,67 @@ def write_embeddings(
     device: str = "cpu",
     dtype: str = "float32",
     progress: bool = True,
+    rebuild: bool = False,
 ) -> Path:
     """Embed the images of `table`, its rows in the order of `pixels`, into a parquet file; leave out skipped images.
 
-    What an earlier file at `path` holds of the same model is reused; of several runs at a time one embeds, and the
-    others wait for it. RuntimeError: the file cannot be written.
+    What an earlier file at `path` holds is reused and kept: `Embeddings.of` picks what one needs. rebuild: make a file
+    of another model, or one that is not whole, anew; else it raises what `read_embeddings` does. Of several runs at a
+    time one embeds, and the others wait for it. RuntimeError: the file cannot be written.
     """
-    path = Path(path)
-    if len(table) != len(pixels):
-        raise ValueError(f"the table has {len(table)} rows, the pixels {len(pixels)} images: cache those of this table")
-    digests, model = np.asarray(pixels.digests), identity(metric)
+    path, rows, model = Path(path), _listed(table, pixels), identity(metric)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         alone = held(path.with_name(path.name + ".lock"), f"waiting for another run that writes {path}")
     except OSError as error:
         raise RuntimeError(f"cannot write the embeddings to {path}: {error}") from error
     with alone:
-        known = _known(path, model)
-        fresh = {key: i for i, key in enumerate(digests) if pixels.usable[i] and key not in known}  # equal files once
+        before = _before(path, model, rebuild)
+        if set(_tuples(rows)) <= set(_tuples(before.table)):
+            return path
+        known = dict(zip(before.table["digest"], before.values.numpy(), strict=True))
+        fresh = {key: i for i, key in enumerate(pixels.digests) if key and key not in known}  # equal files once
         if fresh:
             indices = np.fromiter(fresh.values(), np.int64)
             options = {"batch_size": batch_size, "device": device, "dtype": dtype, "progress": progress}
             values = perceptual.embed_pixels(metric, pixels, indices=indices, **options)
             known |= dict(zip(fresh, values.numpy(), strict=True))
-        rows = table.assign(digest=digests)[pixels.usable]
+        rows = pd.concat([rows, before.table]).drop_duplicates(["path", "digest"])  # split and role as they are now
         _replace(path, rows, np.stack([known[key] for key in rows["digest"]]).astype(np.float32), model)
     return path
 
 
-def _known(path: Path, model: dict) -> dict[str, np.ndarray]:
-    """Read what is there by digest; nothing where there is no file, or one of another model or not whole."""
-    if not path.exists():
-        return {}
-    try:
-        before = read_embeddings(path, expect=model)
-    except (ValueError, RuntimeError):
-        return {}
-    return dict(zip(before.table["digest"], before.values.numpy(), strict=True))
+def _listed(table: pd.DataFrame, pixels: Any) -> pd.DataFrame:
+    """Return the columns to write of the images that are usable."""
+    if len(table) != len(pixels):
+        raise ValueError(f"the table has {len(table)} rows, the pixels {len(pixels)} images: cache those of this table")
+    rows = table.assign(digest=np.asarray(pixels.digests))
+    return rows.loc[pixels.usable, COLUMNS].astype(str).reset_index(drop=True)
+
+
+def _tuples(rows: pd.DataFrame) -> Iterable[tuple]:
+    return rows.itertuples(index=False, name=None)
+
+
+def _before(path: Path, model: dict, rebuild: bool) -> Embeddings:
+    """Read what is there; nothing where there is no file, or one to be made anew."""
+    if path.exists():
+        try:
+            return read_embeddings(path, expect=model)
+        except (ValueError, RuntimeError):
+            if not rebuild:
+                raise
+    return Embeddings(pd.DataFrame(columns=COLUMNS, dtype=str), torch.empty(0, 0), model)
 
 
 def _replace(path: Path, rows: pd.DataFrame, values: np.ndarray, model: dict) -> None:
     columns = [pa.array(rows[name].astype(str), pa.string()) for name in COLUMNS]
     columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
     whole = pa.table(columns, names=[*COLUMNS, "embedding"], metadata={"model": json.dumps(model)})
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        pq.write_table(whole, temporary)
-        os.replace(temporary, path)
+        backbone.write_whole(path, lambda part: pq.write_table(whole, part))
     except OSError as error:
         raise RuntimeError(f"cannot write the embeddings to {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_embeddings(path: str | Path, *, expect: nn.Module | dict | None = None) -> Embeddings:
@@ -166,7 +188,8 @@ def read_embeddings(path: str | Path, *, expect: nn.Module | dict | None = None)
         ]
         if differing:
             what = "; ".join(differing)
-            raise ValueError(f"the embeddings in {path} are of another model ({what}): delete the file and run again")
+            fix = "name another file, or delete this one and run again"
+            raise ValueError(f"the embeddings in {path} are of another model ({what}): {fix}")
     values = whole["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(whole), -1)
     table = whole.select(COLUMNS).to_pandas()
     wrong = ~np.isfinite(values).all(axis=1)

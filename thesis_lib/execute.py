@@ -50,6 +50,7 @@ class Run:
     parameters: dict[str, Any]
     production: bool
     results: tuple[str, ...]
+    siblings: tuple[str, ...]  # the profile's other runs of this notebook
 
     @property
     def folder(self) -> Path:
@@ -77,7 +78,8 @@ def plan(notebook: str | Path, profile: str, overrides: dict[str, Any], results:
         for name, value in overrides.items()
     )
     name = "-".join([path.stem, *map(str, values)])
-    return Run(path.resolve(), Path(profile).stem, name, parameters, production, tuple(results or [name]))
+    siblings = tuple(profiles.runs(content, path.stem).keys() - {name})
+    return Run(path.resolve(), Path(profile).stem, name, parameters, production, tuple(results or [name]), siblings)
 
 
 def find(notebook: str | Path) -> Path:
@@ -117,6 +119,8 @@ def execute(run: Run, output: Path | None = None) -> Path:
             where = f"\nthe notebook as far as it came: {failed}" if rank == 0 and failed.is_file() else ""
             raise RuntimeError(f"{run.name} failed: {problem}{where}")
         if rank == 0:
+            for path in _left_over(run, staging):
+                path.unlink()
             last = f"{run.name}.parquet"  # what the DAG waits for is moved when all else is in its place
             for path in sorted(staging.glob("*.parquet"), key=lambda path: path.name == last):
                 os.replace(path, run.folder / path.name)
@@ -192,6 +196,13 @@ def _unfinished(run: Run, working: Path, staging: Path) -> str | None:
         written = ", ".join(path.stem for path in staging.glob("*.parquet")) or "nothing"
         return f"it did not write {', '.join(missing)} (it wrote {written})"
     return None
+
+
+def _left_over(run: Run, staging: Path) -> list[Path]:
+    """Return the run's older files that it did not write again: the tables would take them for its own."""
+    names = [run.name, *run.siblings, *(path.stem for path in run.executed.parent.glob("*.ipynb"))]
+    older = [path for path in run.folder.glob(f"{run.name}.*.parquet") if not (staging / path.name).exists()]
+    return [path for path in older if profiles.owner(path.stem, names) == run.name]
 
 
 def _leave_out_committed(working: Path) -> None:

@@ -34,14 +34,16 @@ def visible() -> list[str]:
 def one() -> Iterator[str | None]:
     """Hold one of the visible GPUs alone, and show no other to this process; wait until one is free.
 
-    Yields None, changing nothing, where there is no GPU or where Slurm or torchrun have chosen.
+    Yields None, changing nothing, where there is no GPU, where Slurm gave a single one, or where torchrun chooses.
     """
-    devices = [] if {"SLURM_JOB_ID", "LOCAL_RANK"} & os.environ.keys() else visible()
-    if not devices:
+    job = os.environ.get("SLURM_JOB_ID")
+    devices = [] if "LOCAL_RANK" in os.environ else visible()
+    if not devices or (job and len(devices) == 1):
         yield None
         return
-    folder = Path(tempfile.gettempdir())
-    locks = {device: filelock.FileLock(folder / f"thesis_lib-{os.getuid()}-gpu-{device}.lock") for device in devices}
+    # Of another allocation, index 0 is another GPU; their folder may be one.
+    prefix = Path(tempfile.gettempdir()) / "-".join(["thesis_lib", str(os.getuid()), *([job] if job else []), "gpu"])
+    locks = {device: filelock.FileLock(f"{prefix}-{device}.lock") for device in devices}
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     while not (held := next((device for device, lock in locks.items() if _acquired(lock)), None)):
         time.sleep(1)

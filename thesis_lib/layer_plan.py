@@ -19,6 +19,18 @@ from thesis_lib.attention.base import pool_cells, suggest
 DROP, KEEP = "drop", "mha"
 
 
+def _abbreviations() -> dict[str, str]:
+    """Give each mixer the shortest beginning of its name that none before it has: M, P, S, ..., Pe, So, Mo."""
+    short: dict[str, str] = {}
+    for name in (KEEP, *attention.MIXERS):
+        beginnings = (name[:n].capitalize() for n in range(1, len(name) + 1))
+        short.setdefault(name, next((b for b in beginnings if b not in short.values()), name))
+    return short
+
+
+ABBREVIATIONS = _abbreviations()
+
+
 @dataclass(frozen=True)
 class Plan:
     """One action a block (a mixer's name or "drop"); `merge`: the block that gets 2 x 2 patches averaged to one.
@@ -48,8 +60,8 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """What a reader sees: one letter a block (the mixer's first, "-" for none), "/" where the grid is halved."""
-        letters = ["-" if action == DROP else action[0].upper() for action in self.actions]
+        """What a reader sees, of no two plans the same: `ABBREVIATIONS` by block, "-" for none, "/" at the halving."""
+        letters = ["-" if action == DROP else ABBREVIATIONS[action] for action in self.actions]
         if self.merge is not None:
             letters.insert(self.merge, "/")
         return "".join(letters)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from thesis_lib import attention, backbone, class_token
+from thesis_lib.datasets.pixels import rgb
 from thesis_lib.layer_plan import apply_plan
 from thesis_lib.statistics import Interval, bootstrap_mean
 from thesis_lib.token_merging import merge_tokens
@@ -164,13 +165,16 @@ class Metric(nn.Module):
 
 
 def preprocess(img_size: int | tuple[int, int]) -> Callable[[Image.Image], Tensor]:
-    """Return DreamSim's preprocessing: a PIL image is made RGB and squashed (bicubic) to (1, 3, H, W) in [0, 1]."""
+    """Return DreamSim's preprocessing: a PIL image is made RGB and squashed (bicubic) to (1, 3, H, W) in [0, 1].
+
+    What it returns takes 16-bit grey, too, and raises ValueError for other modes above 8 bits (`datasets.pixels.rgb`).
+    """
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     return partial(_preprocess, size=(width, height))
 
 
 def _preprocess(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    pixels = np.array(rgb(image, getattr(image, "filename", "")).resize(size, Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
 
@@ -206,7 +210,8 @@ def save(metric: Metric, folder: str | Path) -> Path:
         "normalize": metric.normalize,
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
-    (folder / "metric.json").write_text(json.dumps(description, indent=1) + "\n")
+    text = json.dumps(description, indent=1) + "\n"
+    backbone.write_whole(folder / "metric.json", lambda part: part.write_text(text))
     return folder
 
 
@@ -260,8 +265,8 @@ def embed_pixels(
         with torch.inference_mode(), autocast, tqdm(total=len(order), unit="image", disable=not progress) as bar:
             for batch in order.split(batch_size):
                 images = pixels[batch.numpy()]
-                images = images.pin_memory() if device.type == "cuda" else images
-                x = images.to(device, non_blocking=True).float() / 255
+                cuda = device.type == "cuda"  # elsewhere nothing is pinned, and mps would read memory already reused
+                x = (images.pin_memory() if cuda else images).to(device, non_blocking=cuda).float() / 255
                 if not parts:
                     metric._check(x)  # bytes cannot leave the range later on, and no later batch waits for the GPU
                 parts.append(metric.embed_unchecked(x).float())

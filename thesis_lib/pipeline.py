@@ -6,6 +6,7 @@ This is what run_all.sh calls. All other options go to snakemake: -n shows what 
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -44,6 +45,9 @@ def command(profile: str, options: list[str]) -> list[str]:
     call = [sys.executable, "-m", "snakemake", "--snakefile", str(paths.ROOT / "Snakefile"), *options]
     # The Snakefile says what makes a result stale. Locking is done here, see run().
     call += ["--rerun-triggers", "mtime", "input", "params", "--rerun-incomplete", "--nolock"]
+    # Whatever else the user forces comes before the figures, which follow by themselves.
+    if not {"--forcerun", "-R"} & given and _figures_differ(profile):
+        call += ["--forcerun", "thesis_figures"]
     cluster = {"--executor", "-e", "--workflow-profile"} & given
     if not {"--quiet", "-q", "--verbose"} & given:
         # Where "rules" is quiet, so is what a cluster says to a job that it refuses.
@@ -59,6 +63,21 @@ def command(profile: str, options: list[str]) -> list[str]:
                 *([f"gpu={gpus}"] if gpus else []),
             ]
     return [*call, "--config", f"profile={profile}"]
+
+
+def _figures_differ(profile: str) -> bool:
+    """Say whether a file that notebook 09 made is gone or another by now: the DAG knows its rows alone."""
+    made = paths.RESULTS / Path(profile).stem / "09_thesis_figures.parquet"
+    if not made.is_file():
+        return False
+    import pyarrow.parquet  # not waited for before
+
+    try:
+        files = pyarrow.parquet.read_table(made).to_pydict()
+        found = [hashlib.sha256((paths.FIGURES / path).read_bytes()).hexdigest() for path in files["path"]]
+        return found != files["sha256"]
+    except (OSError, ValueError, KeyError):  # gone, damaged, of an older notebook
+        return True
 
 
 def run(profile: str, options: list[str]) -> int:
@@ -81,7 +100,10 @@ def run(profile: str, options: list[str]) -> int:
     elif not tells:
         from thesis_lib import report  # not needed, and pandas not waited for, before
 
-        print(f"\n{report.describe(Path(profile).stem)}\n\nDone in {report.minutes(time.time() - start)}.")
+        print(f"\n{report.describe(Path(profile).stem)}\n")
+        for path in report.strays(profile):
+            print(f"warning: {report.short(path)} is of no run of this profile, yet in the tables: delete it")
+        print(f"Done in {report.minutes(time.time() - start)}.")
     return status
 
 
@@ -119,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--profile", default="demo", help="smoke, demo (default), thesis, or the path of a .yaml file")
     options, rest = parser.parse_known_args(arguments)
+    if options.profile.endswith((".yaml", ".yml")) and Path(options.profile).exists():
+        options.profile = str(Path(options.profile).resolve())  # snakemake runs in another directory
     try:
         profiles.load(options.profile)
     except (ValueError, FileNotFoundError) as error:

@@ -6,8 +6,10 @@ a machine (read by the Snakefile).
 
 import ast
 import difflib
+import itertools
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,12 @@ RESERVED = {"variants", "jobs"}
 
 
 def load(profile: str, *, folder: Path = paths.NOTEBOOKS) -> dict[str, dict]:
-    """Read profiles/<profile>.yaml, or the file that `profile` names if it ends in .yaml.
+    """Read profiles/<profile>.yaml, or the file that `profile` names if it ends in .yaml or .yml.
 
     Raises FileNotFoundError with the profiles there are, ValueError for a section or variant without a notebook in
     `folder`, and for a number that YAML takes for text (1e-4).
     """
-    path = Path(profile) if profile.endswith(".yaml") else paths.PROFILES / f"{profile}.yaml"
+    path = Path(profile) if profile.endswith((".yaml", ".yml")) else paths.PROFILES / f"{profile}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
         raise FileNotFoundError(f"no profile {profile!r}: there are {known}, or the path of a .yaml file")
@@ -38,6 +40,20 @@ def load(profile: str, *, folder: Path = paths.NOTEBOOKS) -> dict[str, dict]:
             raise ValueError(f"{path.name}: section {section!r} is no notebook's name{near(section, notebooks)}")
     _refuse_text_numbers(content, path.name)
     return content
+
+
+def runs(content: dict[str, dict], notebook: str) -> dict[str, dict[str, Any]]:
+    """Return the runs of a notebook by name, each with the parameters that tell it from the others."""
+    axes = content["variants"].get(notebook, {})
+    return {
+        "-".join([notebook, *map(str, values)]): dict(zip(axes, values, strict=True))
+        for values in itertools.product(*axes.values())
+    }
+
+
+def owner(result: str, names: Iterable[str]) -> str | None:
+    """Return which of these runs a result is of: its name is the run's, or the run's with a dot and a part's after."""
+    return max((name for name in names if f"{result}.".startswith(f"{name}.")), key=len, default=None)
 
 
 def defaults(notebook: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def block_seconds(
             ending.backbone.blocks[0] = ending.backbone.blocks[0].halving if small else nn.Identity()
             tasks |= passes({(name, small, False): partial(Block.forward, block)}, tokens)  # without its halving
             tasks |= passes({(name, small, True): ending.embed_unchecked}, images)
-    times = interleaved(tasks, rounds=rounds, seconds=seconds)
+    times = interleaved(tasks, rounds=rounds, seconds=seconds, device=images.device)
     return {key: float(np.median(spent)) for key, spent in times.items()}
 
 

@@ -88,7 +88,8 @@ def speed_rows(
     tasks, rows = {}, []
     for (name, dtype), model in models.items():
         tasks |= passes({(name, dtype): lambda x, model=model: model.embed_unchecked(x.float() / 255)}, images[name])
-    times = interleaved(tasks, rounds=rounds, seconds=seconds)
+    device = next(iter(images.values())).device
+    times = interleaved(tasks, rounds=rounds, seconds=seconds, device=device)
     for name, dtype in models:
         own = {"model": name, "dtype": dtype, "batch": len(images[name])} | protocol
         found = {"batch_time": ("ms", 1e3 * times[name, dtype])}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from thesis_lib import paths, results, summary
+from thesis_lib import paths, profiles, results, summary
 
 ACCURACIES = ("02_attention_evaluation-*", "04_distillation-*")
 
@@ -26,6 +26,14 @@ def describe(profile: str) -> str:
     lines += [f"  {len(tables)} tables, {len(pictures)} figures, numbers.tex   {short(figures)}"] if tables else []
     rows = [results.read(pattern, profile=profile) for pattern in ACCURACIES if list(folder.glob(f"{pattern}.parquet"))]
     return "\n".join(lines + (["", headline(pd.concat(rows, ignore_index=True))] if rows else []))
+
+
+def strays(profile: str) -> list[Path]:
+    """Return the result files of no run of a profile (its name, or the path of its file), which tables read as well."""
+    content = profiles.load(profile)
+    runs = [run for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb") for run in profiles.runs(content, path.stem)]
+    found = (paths.RESULTS / Path(profile).stem).glob("[0-9][0-9]_*.parquet")
+    return sorted(path for path in found if not profiles.owner(path.stem, runs))
 
 
 def headline(rows: pd.DataFrame) -> str:

@@ -4,6 +4,7 @@ A file is RESULTS/<profile>/<name>.parquet. While `thesis_lib.execute` runs a no
 folder (read first by that notebook) and are moved when the notebook has succeeded: what a reader finds is finished.
 """
 
+import contextlib
 import datetime
 import difflib
 import functools
@@ -14,8 +15,9 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -128,17 +130,56 @@ def read(pattern: str, *, profile: str) -> pd.DataFrame:
 def provenance(path: str | Path) -> dict:
     """Return who made a result file: revision, versions, hardware, notebook, parameters, production, time (UTC).
 
-    `production` is true only if every parameter was the profile's. Raises ValueError for a file of another maker.
+    `production` is true only if every parameter was the profile's; `synthetic` is what stand_ins() says of them.
+    Raises ValueError for a file of another maker.
     """
-    metadata = _load(Path(path)).schema.metadata or {}
+    metadata = _load(Path(path), pq.read_schema).metadata or {}
     if KEY not in metadata:
         raise ValueError(f"{path} carries no provenance: it was not written by thesis_lib.results")
     return json.loads(metadata[KEY])
 
 
-def _load(path: Path) -> pa.Table:
+def origins(profile: str) -> dict:
+    """Say where the rows come from that the tables read: `revisions`, `by_hand`, `synthetic`, the first two as `text`.
+
+    by_hand: the files made in JupyterLab, by other software, or with other parameters than the profile's.
+    synthetic: the formats of the data sets that were synthetic stand-ins.
+    """
+    files = {name: path for name, path in _files(profile).items() if re.match(r"(?!09)\d\d_", name)}
+    files |= {path.stem: path for path in paths.MEASURED.glob("efficiency-*.parquet")}
+    made = {name: {"revision": None, "dirty": None, "production": False} for name in sorted(files)}
+    for name in made:
+        with contextlib.suppress(ValueError):
+            made[name] = provenance(files[name])
+    revisions = sorted({(by["revision"] or "unknown")[:10] + "+" * bool(by["dirty"]) for by in made.values()})
+    by_hand = [name for name, by in made.items() if not by["production"]]
+    # Older files do not say what was synthetic.
+    formats = [by.get("synthetic", stand_ins(by.get("parameters"))) or [] for by in made.values()]
+    text = f"rows measured at revision{'s' * (len(revisions) > 1)} {', '.join(revisions)}"
+    if by_hand:
+        text += f"; made by hand, or with other parameters than the profile's: {', '.join(by_hand)}"
+    return {"revisions": revisions, "by_hand": by_hand, "synthetic": sorted(set().union(*formats)), "text": text}
+
+
+def stand_ins(parameters: Mapping | None) -> list[str] | None:
+    """Return the formats of the data sets that a run's parameters point to and that are synthetic; None: not known."""
+    if parameters is None:
+        return None
+    found, values = set(), [parameters]
+    while values:
+        value = values.pop()
+        if isinstance(value, str):
+            # Most texts are no folder, and some cannot be one.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found.add(str(json.loads((paths.DATA / value / "synthetic.json").read_text())["format"]))
+        elif isinstance(value, Mapping | list | tuple):
+            values += value.values() if isinstance(value, Mapping) else value
+    return sorted(found)
+
+
+def _load(path: Path, read: Callable[[Path], Any] = pq.read_table) -> Any:
     try:
-        return pq.read_table(path)
+        return read(path)
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
@@ -157,16 +198,12 @@ def _run() -> dict:
 def _provenance() -> dict:
     run = {"notebook": None, "parameters": None, "production": False} | _run()
     run.pop("staging", None)
+    run["synthetic"] = stand_ins(run["parameters"])
     return _machine() | run | {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
 
 @functools.cache
 def _machine() -> dict:
-    # Figures are what a run changes, not what it was made from.
-    revision, changes = (
-        _output("git", "rev-parse", "HEAD"),
-        _output("git", "status", "-s", "-uno", "--", ".", ":!figures"),
-    )
     versions = {"python": platform.python_version(), "thesis_lib": __version__}
     for library in LIBRARIES:
         try:
@@ -180,7 +217,16 @@ def _machine() -> dict:
         "gpu": gpu.query("name"),
         "system": platform.platform(terse=True),
     }
-    return {"revision": revision, "dirty": bool(changes), "versions": versions, "hardware": hardware}
+    return _revision() | {"versions": versions, "hardware": hardware}
+
+
+def _revision() -> dict:
+    top, _, revision = (_output("git", "rev-parse", "--show-toplevel", "HEAD") or "").partition("\n")
+    if not revision or Path(top).resolve() != paths.ROOT.resolve():  # unpacked in a repository of something else
+        return {"revision": None, "dirty": None}
+    # Figures are what a run changes, not what it was made from.
+    changes = _output("git", "status", "-s", "-uno", "--", ".", ":!figures")
+    return {"revision": revision, "dirty": None if changes is None else bool(changes)}
 
 
 def _cpu() -> str:

@@ -182,7 +182,7 @@ def efficiency(rows: pd.DataFrame, *, backbone: str, image_size: int) -> Table:
         f"{backbone} at {image_size} px, {first['dtype']} on {first['device']}; medians, 95 % "
         "bootstrap CI. 1 MAC is one multiply-add; softmax, norms and pooling sums are not counted."
     )
-    return Table(frame, dict.fromkeys(numeric), best, note, parts=_kinds(frame))
+    return Table(frame, dict.fromkeys(numeric), best, note, parts=_kinds(frame), data=False)
 
 
 def nights_splits(rows: pd.DataFrame) -> Table:
@@ -259,6 +259,7 @@ def published() -> Table:
         {"Val (%)": 1, "Test (%)": 1},
         {},
         "2AFC on NIGHTS as published by the sources named; not measured here.",
+        data=False,
     )
 
 

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import broadcast_object_list, find_batch_size, send_to_device
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, find_batch_size, send_to_device
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -79,7 +80,9 @@ class Trainer:
         for (index, batch), rate in zip(batches, rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
-            value = self.objective(send_to_device(batch, accelerator.device, non_blocking=True))
+            # From memory that is not pinned a copy to Apple's GPU that is not waited for can read what is there later.
+            early = accelerator.device.type == "cuda"
+            value = self.objective(send_to_device(batch, accelerator.device, non_blocking=early))
             unread.append((index, value.detach(), find_batch_size(batch)))
             if len(unread) == patience:
                 total, images = self._read(epoch, unread, total, images)
@@ -163,10 +166,21 @@ def share(batches: Iterable, rank: int, world: int) -> Iterator[tuple[int, Any]]
 
 
 def accelerator_on(device: str | None, mixed_precision: str) -> Accelerator:
-    """Make an Accelerator for this device, whatever one the process had before."""
+    """Make an Accelerator for this device, whatever one the process had before.
+
+    Raises ValueError for a device that is not there, or one GPU by its number under torchrun, which gives each process
+    its own.
+    """
     _forget()
+    wanted = torch.device(device or "cpu")
+    if wanted.type == "cuda" and wanted.index is not None:
+        if "WORLD_SIZE" in os.environ:
+            raise ValueError(f"device {device!r}: torchrun gives every process a GPU of its own, so say 'cuda'")
+        torch.cuda.set_device(wanted)  # which is the one that Accelerate takes
     # Without cpu=True Accelerate ignores torchrun on a machine without a GPU: each process would train on its own.
-    accelerator = Accelerator(cpu=_on_cpu(device), mixed_precision=mixed_precision)
+    # Processes wait for the slowest, which may be hours behind, or for what the main one writes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(cpu=_on_cpu(device), mixed_precision=mixed_precision, kwargs_handlers=[patience])
     if device is not None and accelerator.device.type != torch.device(device).type:
         raise ValueError(f"device {device!r} was asked for, but there is only {accelerator.device.type!r}")
     return accelerator

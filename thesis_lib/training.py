@@ -6,6 +6,7 @@ A run is a sequence of epochs. All that is random in an epoch (order of the data
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -113,7 +114,8 @@ def fit(
     checkpoint: folder, rewritten after each epoch. resume: True or "allow" goes on from the checkpoint where there is
         one, "must" needs one, False replaces it. On a CPU a resumed run gives the same weights and rows, times apart,
         bit for bit. One of another configuration is refused; `config` adds plain values that must agree (data, batch
-        size, loss). With a constant schedule more epochs may be asked for than at first.
+        size, loss). With a constant schedule more epochs may be asked for than at first. With a warning, a run that
+        other code began goes on, and one that other code finished is moved aside and, except for "must", made anew.
     device: "cpu", "cuda", ...; None: the accelerator where there is one. mixed_precision: "no", "bf16", "fp16".
 
     RuntimeError: loss or weights are not finite, or the checkpoint cannot be written; the last good one is kept.
@@ -132,6 +134,14 @@ def fit(
     steps = len(batches(1, make_generator(seed, 1))) // world
     if steps < 1:
         raise ValueError(f"an epoch has fewer batches than there are processes ({world}): lower batch_size")
+
+    if ema_decay and (left := ema_decay ** (epochs * steps)) > 0.05:
+        about = f"{left:.0%} of the average after {epochs * steps} steps are the initial weights"
+        warnings.warn(f"ema_decay={ema_decay} is too high for this run: {about}", RuntimeWarning, stacklevel=2)
+
+    def over(epoch: int, best: tuple[int, float] | None) -> bool:
+        return epoch >= epochs or bool(patience and best and epoch - best[0] >= patience)
+
     run = state = None
     if checkpoint is not None:
         own = {**rate, "weight_decay": weight_decay, "betas": betas, "grad_clip": grad_clip, "ema_decay": ema_decay}
@@ -141,7 +151,10 @@ def fit(
         run = Checkpoint(checkpoint, {**own, "task": config or {}, "model": model_config(model, optimizer)})
         state = run.load() if resume else None
     if state and state["epoch"] > epochs:
-        raise ValueError(f"the checkpoint {checkpoint} holds {state['epoch']} epochs, more than the {epochs} asked for")
+        held = f"the checkpoint {checkpoint} holds {state['epoch']} epochs"
+        raise ValueError(f"{held}, more than the {epochs} asked for; {run.advice}")
+    if state:
+        state = run.accept(state, over(state["epoch"], state["best"]) and resume != "must", accelerator)
     shown = progress and accelerator.is_main_process
     bar = tqdm(total=epochs * steps, desc="training", unit="batch", disable=not shown)
     try:
@@ -150,9 +163,8 @@ def fit(
             trainer.restore(state)
             bar.n = bar.initial = len(trainer.rows) * steps
         with random_state_kept(accelerator.device):
-            for epoch in range(len(trainer.rows) + 1, epochs + 1):
-                if patience and trainer.best and epoch - 1 - trainer.best[0] >= patience:
-                    break
+            while not over(len(trainer.rows), trainer.best):
+                epoch = len(trainer.rows) + 1
                 rates = [rate_at(epoch - 1 + step / steps) for step in range(steps)]
                 own_batches = share(batches(epoch, make_generator(seed, epoch)), rank, world)
                 set_seed(make_seed(seed, epoch, 1 + rank))
@@ -163,7 +175,7 @@ def fit(
         trainer.load_best()
     finally:
         bar.close()
-        model.to(home).eval()
+        model.to(home).eval().zero_grad()
         free(accelerator)
     return trainer.rows
 

@@ -1,8 +1,9 @@
 # Sourced by run_all.sh and run_tests.sh: sets PYTHON to an interpreter whose thesis_lib is this checkout.
 #
 # An active environment (venv, conda, or whatever `python` is) that imports thesis_lib from here is used as it is.
-# Otherwise .venv is made with the pins of requirements.lock, by uv where it is installed, else by pip. An interrupted
-# attempt is made again from nothing, and other pins than those of its stamp bring it up to date.
+# Otherwise .venv, active or not, is made with the pins of requirements.lock, by uv where it is installed, else or where
+# uv fails by pip. An interrupted attempt is made again from nothing, and other pins than those of its stamp bring it up
+# to date.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV="$ROOT/.venv"
@@ -45,8 +46,31 @@ find_python() {
   return 1
 }
 
-make_venv() {
+# An older uv knows no --clear, a newer one stops at what is there.
+uv_makes() {
+  command -v uv >/dev/null || return
+  { [ -x "$VENV/bin/python" ] || { rm -rf "$VENV" && uv venv --quiet --python '>=3.11,<3.15' "$VENV"; }; } &&
+    uv pip install --quiet --python "$VENV/bin/python" -r "$ROOT/requirements.lock" &&
+    uv pip install --quiet --python "$VENV/bin/python" --no-deps -e "$ROOT" && return
+  echo "uv could not make .venv (see above): trying pip ..." >&2
+  return 1
+}
+
+pip_makes() {
   local base
+  if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then # nothing there, or what uv made, which has no pip
+    rm -rf "$VENV"
+    base=$(find_python) || fail "Python 3.11 to 3.14 is needed, for which requirements.lock has packages; \
+here is $(python3 --version 2>&1 || echo none). Install one of them, or install uv, which brings its own"
+    "$base" -c 'import venv, ensurepip' 2>/dev/null ||
+      fail "$base cannot make environments: install its venv module (Debian, Ubuntu: apt install python3-venv), or uv"
+    "$base" -m venv "$VENV" || fail "$base could not make .venv"
+  fi
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.lock" &&
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -e "$ROOT"
+}
+
+make_venv() {
   [ -f "$UNFINISHED" ] && kill -0 "$(cat "$UNFINISHED")" 2>/dev/null &&
     fail "process $(cat "$UNFINISHED") is making .venv at this moment: wait for it (or remove .venv.unfinished)"
   if [ -f "$UNFINISHED" ]; then
@@ -56,21 +80,7 @@ make_venv() {
   echo $$ >"$UNFINISHED"
   rm -f "$STAMP"
   echo "Making .venv with the pins of requirements.lock (once; some minutes and 6 GB with CUDA's libraries) ..." >&2
-  if command -v uv >/dev/null; then
-    [ -x "$VENV/bin/python" ] || uv venv --quiet --clear --python '>=3.11,<3.15' "$VENV" || fail "uv could not make .venv"
-    uv pip install --quiet --python "$VENV/bin/python" -r "$ROOT/requirements.lock" &&
-      uv pip install --quiet --python "$VENV/bin/python" --no-deps -e "$ROOT"
-  else
-    if [ ! -x "$VENV/bin/python" ]; then
-      base=$(find_python) || fail "Python 3.11 to 3.14 is needed, for which requirements.lock has packages; \
-here is $(python3 --version 2>&1 || echo none). Install one of them, or install uv, which brings its own"
-      "$base" -c 'import venv, ensurepip' 2>/dev/null ||
-        fail "$base cannot make environments: install its venv module (Debian, Ubuntu: apt install python3-venv), or uv"
-      "$base" -m venv --clear "$VENV" || fail "$base could not make .venv"
-    fi
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.lock" &&
-      "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -e "$ROOT"
-  fi || fail "the packages could not be installed (see above); the same command tries again"
+  uv_makes || pip_makes || fail "the packages could not be installed (see above); the same command tries again"
   serves "$VENV/bin/python" || fail ".venv does not import thesis_lib from $ROOT: remove .venv and try again"
   pins >"$STAMP"
   rm -f "$UNFINISHED"
@@ -80,6 +90,7 @@ here is $(python3 --version 2>&1 || echo none). Install one of them, or install 
 bootstrap() {
   local active
   active=$(command -v python || command -v python3 || true)
+  [ "${active%/*}" -ef "$VENV/bin" ] && active="" # activated, ours is still checked against its stamp
   if [ -n "$active" ] && serves "$active" "$@"; then
     PYTHON=$active
   elif [ -n "$active" ] && serves "$active"; then

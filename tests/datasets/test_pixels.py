@@ -74,6 +74,25 @@ def test_geometry_is_dreamsims(tmp_path, cache, mode, interpolation):
     assert torch.equal(found, expected(path, interpolation=InterpolationMode(interpolation)))
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_of_16_bit_grey_the_upper_byte_is_taken(tmp_path, cache, suffix):
+    grey = np.random.default_rng(0).integers(0, 65536, (31, 50), dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / f"deep.{suffix}")
+    Image.fromarray((grey // 256).astype(np.uint8)).save(tmp_path / "grey.png")
+    found = cache([tmp_path / f"deep.{suffix}", tmp_path / "grey.png"])
+    assert torch.equal(found[0], found[1]) and len(found[0].unique()) > 10
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.int32, "I"), (np.float32, "F")])
+def test_grey_whose_white_nobody_knows_is_named_or_skipped(tmp_path, cache, tree, dtype, mode):
+    path = tmp_path / "depth.tif"
+    Image.fromarray(np.arange(1000).reshape(20, 50).astype(dtype)).save(path)
+    with pytest.raises(ValueError, match=rf"depth\.tif has the mode {mode}.*on_error='skip'"):
+        cache([path])
+    found = cache([tree[0], path], on_error="skip")
+    assert found.usable.tolist() == [True, False] and f"the mode {mode}" in found.skipped[0]
+
+
 @pytest.mark.parametrize(
     "indices", [[3, 0, 3], np.array([11, -1]), torch.tensor([5, 2]), slice(2, 9, 3), np.arange(12) % 2 == 0, []]
 )

@@ -164,8 +164,9 @@ def test_figures_show_every_mixer_and_every_way():
     assert sum(widths) == pytest.approx(sum(TIME.values()) / TIME["mha"])
     ax = items.crossing_points(crossed)
     assert [text.get_text() for text in ax.get_yticklabels()] == ["Pool", "SOFT"]
-    marks = [line.get_marker() for line in ax.lines]
-    assert marks.count(">") == 1 and marks.count("o") == 2  # SOFT is predicted never to win
+    marks = [(line.get_marker(), line.get_markerfacecolor()) for line in ax.lines]
+    assert marks.count((">", "white")) == 1  # SOFT is predicted never to win
+    assert [mark for mark, _ in marks].count("o") == 2 and len([1 for mark, tint in marks if mark == ">"]) == 2
     plt.close("all")
 
 

@@ -106,6 +106,7 @@ def train(
 
     about = {"loss": loss, "sampling": sampling, "positions": positions, "temperature": temperature}
     about |= {"batch_size": batch_size, "teacher": teacher_name if teacher is not None else None}
+    about["key"] = student.key
     about["pairs"] = digest({"index": torch.from_numpy(index), "points": known}.items())
     return fit(
         student,

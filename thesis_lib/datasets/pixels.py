@@ -52,12 +52,25 @@ class File:
 
 
 def read_rgb(data: bytes, name: object) -> Image.Image:
-    """Decode an image file's bytes to RGB as DreamSim does; a ValueError names what cannot be decoded."""
+    """Decode an image file's bytes to RGB as `rgb` does; a ValueError names what cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+        image = Image.open(io.BytesIO(data))
+        image.load()
     except UNREADABLE as error:
         raise ValueError(f"{name} is not a whole image: {error}") from error
+    return rgb(image, name)
+
+
+def rgb(image: Image.Image, name: object = "") -> Image.Image:
+    """Convert to RGB as DreamSim does; of 16-bit grey, which Pillow would clip to white, take the upper byte.
+
+    Raises ValueError, naming image and mode, for 32-bit and float images, whose white no file tells, and for LAB.
+    """
+    if image.mode in ("I", "F", "LAB"):
+        raise ValueError(f"{name or 'the image'} has the mode {image.mode}, which is no RGB: save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def decode(data: bytes, size: int, interpolation: str = "bicubic", name: object = "the image") -> np.ndarray:

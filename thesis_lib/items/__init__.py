@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from thesis_lib import paths, plots
-from thesis_lib.latex import Table
+from thesis_lib.latex import SYNTHETIC, Table
 
 STUDIES = {  # by the result that shows that the study has run
     "03_efficiency_analysis.predictions": "efficiency",
@@ -42,16 +42,21 @@ def studies(profile: str) -> list[str]:
     return [name for result, name in STUDIES.items() if (paths.RESULTS / profile / f"{result}.parquet").is_file()]
 
 
-def write(study: str, *, profile: str, folder: Path, source: str) -> Written:
+def write(study: str, *, profile: str, folder: Path, source: str, synthetic: bool = False) -> Written:
     """Make a study's tables and figures from its rows, in the thesis's style, and write them below `folder`.
 
-    source: what the first line of each LaTeX file says. Raises what the study's `make` raises.
+    source: what the first line of each LaTeX file says. synthetic: whether the data are; notes and captions then say
+    so. Raises what the study's `make` raises.
     """
     module = importlib.import_module(f"{__name__}.{study}")
     plots.set_theme()
     tables, figures, numbers = module.make(profile)
-    files = [table.write(folder / "tables" / f"{name}.tex", source=source) for name, table in tables.items()]
+    place = folder / "tables"
+    files = [table.write(place / f"{n}.tex", source=source, synthetic=synthetic) for n, table in tables.items()]
     for name, figure in figures.items():
         files += plots.save(figure, folder / name)
         plt.close(figure)
-    return Written(tables, {name: module.CAPTIONS[name] for name in (*tables, *figures)}, files, numbers)
+    captions = {name: module.CAPTIONS[name] for name in (*tables, *figures)}
+    if synthetic and study != "efficiency":  # whose input is noise on any data
+        captions |= {name: f"{captions[name]} {SYNTHETIC}" for name in figures}
+    return Written(tables, captions, files, numbers)

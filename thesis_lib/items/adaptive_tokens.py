@@ -13,7 +13,7 @@ from thesis_lib import results
 from thesis_lib.latex import INTERVAL, Table, interval, macro, percentage, significant
 from thesis_lib.placement import label_ends
 from thesis_lib.plots import QUIET, TEXTWIDTH, colour
-from thesis_lib.summary import STAGES, label, ordered
+from thesis_lib.summary import STAGES, costs, label, ordered
 
 NOTEBOOK = "06_adaptive_tokens"
 CAPTIONS = {
@@ -121,9 +121,10 @@ def engines(rows: pd.DataFrame, model: str = "finetuned") -> Table:
     first = times.iloc[0]
     note = (
         f"{MODELS[model]}, {first['backbone']} at {int(first['image_size'])} px on {first['device']}, "
-        f"{int(first['threads'])} threads, {share:.0f} % of tokens; medians of {int(times['n'].min())} rounds in turn."
+        f"{int(first['threads'])} thread{'s' if first['threads'] > 1 else ''}, {share:.0f} % of tokens; medians of "
+        f"{int(times['n'].min())} rounds in turn."
     )
-    return Table(pd.DataFrame(records), dict.fromkeys(list(records[0])[2:], None), note=note, group="Batch")
+    return Table(pd.DataFrame(records), dict.fromkeys(list(records[0])[2:], None), note=note, group="Batch", data=False)
 
 
 def metrics(rows: pd.DataFrame) -> Table:
@@ -135,8 +136,8 @@ def metrics(rows: pd.DataFrame) -> Table:
     times = _of(rows, "batch_time", stage="metric")
     batch = int(times["batch"].max())
     spent = times[times["batch"] == batch].set_index("mixer")["value"] / batch
-    costs = rows[(rows["metric"] == "macs") & (rows["backbone"] == times["backbone"].iloc[0])]
-    macs = costs[costs["image_size"] == times["image_size"].iloc[0]].drop_duplicates("mixer").set_index("mixer")
+    where = {"backbone": times["backbone"].iloc[0], "image_size": times["image_size"].iloc[0]}
+    macs = costs(rows, "macs", **where, embedding=True).set_index("mixer")
     stages, records = [stage for stage in STAGES if stage != "teacher-lora"], []
     for mixer in [name for name in ordered(scored["mixer"]) if name in spent.index]:
         own = scored[(scored["mixer"] == mixer) & scored["stage"].isin(stages)]
@@ -159,7 +160,8 @@ def metrics(rows: pd.DataFrame) -> Table:
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     note = (
         f"2AFC on the test split (n = {int(scored['n'].max())}), 95 % bootstrap CI, at the last stage each was brought "
-        f"to. ms an image at batch {batch}, timed in turn. Token merging works on the tuned MHA, without training."
+        f"to. MMAC and ms an image, ms at batch {batch}, timed in turn; the mixers' last block computes the class "
+        "token alone. Token merging joins patches of the tuned MHA in every block, without training."
     )
     digits = {("2AFC", "%"): 1, ("Cost", "MMAC"): None, ("Cost", "ms"): None}
     best = {("2AFC", "%"): "max", ("Cost", "MMAC"): "min", ("Cost", "ms"): "min"}

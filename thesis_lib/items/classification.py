@@ -22,10 +22,11 @@ CAPTIONS = {
     "classification_accuracy": "Image classification from scratch: test accuracy with 95 \\% intervals over images, "
     "and the paired difference to MHA on the same images.",
     "classification_costs": "What each classifier costs to train and to use.",
-    "classification_samples": "Pictures of the data sets, one a class.",
+    "classification_samples": "Pictures of the data sets, one a class, of ten classes at most.",
     "classification_curves": "Loss on the training images and top-1 on validation images over the epochs.",
     "classification_accuracy_against_cost": "Test accuracy against multiply-adds and latency, with 95 \\% intervals.",
-    "classification_scaling": "Multiply-adds in closed form, measured latency and memory of one image as it grows.",
+    "classification_scaling": "One image as it grows: multiply-adds in closed form of every mixer, latency and memory "
+    "of those that were trained. Lines that coincide lie upon each other (MoH on MHA, Identity on Pool).",
     "classification_attention": "Where the class token looks, by layer (mean over heads), and through all layers.",
     "classification_heads": "Where the class token looks in each head of MHA.",
     "classification_patterns": "How far and how broadly tokens look, and how alike heads are, by layer.",
@@ -127,7 +128,7 @@ def costs(rows: pd.DataFrame) -> Table:
         f"On {first['device']}. Latency: one image; training memory: the most held beyond weights and images in a step "
         f"of AdamW at batch {int(first['batch'])}. 1 MAC is one multiply-add; softmax and norms are not counted."
     )
-    return Table(frame, dict.fromkeys(numeric), best, note, ("", "Data set"))
+    return Table(frame, dict.fromkeys(numeric), best, note, ("", "Data set"), data=False)
 
 
 def numbers(rows: pd.DataFrame) -> dict[str, str]:

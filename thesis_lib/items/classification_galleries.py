@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -25,7 +26,7 @@ def sample_gallery(samples: pd.DataFrame, columns: int = 10) -> Figure:
             ax.axis("off")
         for ax, sample in zip(row, part.itertuples(), strict=False):
             ax.imshow(Image.open(io.BytesIO(sample.picture)), interpolation="nearest")
-            name_of_class = sample.label.replace(" ", "\n", 1)
+            name_of_class = textwrap.fill(sample.label, 10, break_long_words=False)
             text = ax.text(0.5, -0.06, name_of_class, transform=ax.transAxes, ha="center", va="top", fontsize=6)
             text.set_in_layout(False)  # or the widest name would set the pictures apart
         row[0].set_title(name, fontsize=8)

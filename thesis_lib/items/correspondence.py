@@ -16,7 +16,9 @@ from thesis_lib.summary import MIXERS, label
 
 NOTEBOOK = "08_semantic_correspondence"
 ALPHA, EVALUATOR = 0.1, "DIFT per point"
+POINTS = f"PCK@{ALPHA:g} of the box over all key-points"
 SPLITS = {"test": "SPair", "moved": "Moved", "layout": "Layout"}
+BASELINES = ("position", "colour")  # no model
 STAGES = {"zero-shot": "zero-shot", "lora": "LoRA on votes", "distilled": "distilled from one token"}
 
 CAPTIONS = {
@@ -27,9 +29,10 @@ CAPTIONS = {
     "correspondence_factors": "PCK by viewpoint, scale, truncation and occlusion.",
     "correspondence_published": "Quoted numbers on SPair-71k; they were not measured here.",
     "correspondence_layers": "PCK on the validation pairs by layer and facet, or time step.",
-    "correspondence_knowledge": "Semantic over spatial knowledge. Hollow: as published or swapped; full: after "
-    "perceptual training (same mark), or trained for correspondence (crosses).",
-    "correspondence_distances": "Distance of the match from the truth, in sides of the box.",
+    "correspondence_knowledge": "Semantic over spatial knowledge. Hollow: as published or swapped; with the same mark, "
+    "half full: tuned by LoRA on votes, full: distilled from one token; crosses: trained for correspondence.",
+    "correspondence_distances": "Distance of the match from the truth, in sides of the box: median, middle half, and "
+    "whiskers from the 5th to the 95th percentile.",
     "correspondence_matches": "Key-points of the source and where each model finds them; a line leads to the truth.",
     "correspondence_features": "Similarity with the source's first point, and leading components of the foreground.",
     "correspondence_failures": "Share of missed key-points by category, for each model.",
@@ -64,11 +67,11 @@ def _percent(rows: pd.DataFrame, models: list[str], group: str) -> pd.DataFrame:
     return pd.DataFrame({(group, "%"): value, (group, INTERVAL): [interval(*e, scale=100) for e in ends]}, index=models)
 
 
-def _note(rows: pd.DataFrame) -> str:
-    n = scores(rows)["n"].iloc[0]
-    skipped = scores(rows)["skipped"].iloc[0]
-    text = f"PCK@{ALPHA:g} of the box per key-point, {int(n)} pairs of SPair-71k's test split"
-    return text + f" ({int(skipped)} unusable), 95 % bootstrap CI over pairs."
+def _note(rows: pd.DataFrame, what: str, splits: list[tuple[str, str]]) -> str:
+    main = scores(rows)
+    text = f"{what}, {int(main['n'].iloc[0])} pairs of SPair-71k's test split ({int(main['skipped'].iloc[0])} unusable)"
+    others = [f"{int(scores(rows, split=split)['n'].iloc[0])} of {name}" for split, name in splits if split != "test"]
+    return ", ".join([text, *others]) + "; 95 % bootstrap CI over pairs."
 
 
 def _table(parts: list[pd.DataFrame], heads: list[tuple[str, list[str]]], note: str) -> Table:
@@ -89,8 +92,10 @@ def systems_table(rows: pd.DataFrame) -> Table:
     image = scores(rows, evaluator="DIFT per image")
     parts = [_percent(r, models, g) for r, g in ((low, "PCK@0.05"), (main, "PCK@0.1"), (image, "PCK@0.1 per image"))]
     absent = set(named.loc[named["value"].isna(), "model"])
-    state = ["no" if model in absent else "yes" for model in models]
-    note = _note(rows) + (" No: weights not present, and nothing is estimated." if absent else "")
+    state = ["no" if model in absent else "none needed" if model in BASELINES else "yes" for model in models]
+    what = "PCK@α: within α times the box's longer side, over all key-points, or the mean of each image's"
+    note = _note(rows, what, [])
+    note += " No: weights not present, and nothing is estimated." if absent else ""
     return _table(parts, [("System", models), ("Weights", state)], note)
 
 
@@ -103,7 +108,8 @@ def mixers_table(rows: pd.DataFrame) -> Table:
     )
     heads = [("Mixer", [label(chosen.loc[m, "mixer"]) for m in order]),
              ("Stage", [STAGES[chosen.loc[m, "stage"]] for m in order])]  # fmt: skip
-    return _table([_percent(scores(rows, split=s), order, n) for s, n in _splits(rows)], heads, _note(rows))
+    splits = _splits(rows)
+    return _table([_percent(scores(rows, split=s), order, n) for s, n in splits], heads, _note(rows, POINTS, splits))
 
 
 def _stage(stage: str) -> int:
@@ -126,8 +132,9 @@ def training_table(rows: pd.DataFrame) -> Table:
         log = curve[curve["model"] == model]
         best = "" if log.empty else f"{int(log.loc[log['value'].idxmax(), 'epoch'])} of {int(log['epoch'].max())}"
         kept.append(best)
-    parts = [_percent(scores(rows, split=s), models, n) for s, n in _splits(rows)]
-    return _table(parts, [("Model", models), ("Epoch", kept)], _note(rows) + " The epoch was chosen on val.")
+    splits = _splits(rows)
+    parts, note = [_percent(scores(rows, split=s), models, n) for s, n in splits], _note(rows, POINTS, splits)
+    return _table(parts, [("Model", models), ("Epoch", kept)], note + " The epoch was chosen on val.")
 
 
 def evaluators_table(rows: pd.DataFrame) -> Table:
@@ -182,12 +189,13 @@ def knowledge_figure(rows: pd.DataFrame) -> Figure:
     points, spans = [], []
     for model, row in what.iterrows():
         x, y, stage = 100 * where.loc[model, "value"], 100 * row["value"], row["stage"]
-        tint = plots.colour(row["mixer"]) if stage in STAGES else plots.CHOSEN if stage != "system" else plots.QUIET
-        fill = "white" if stage in ("zero-shot", "system") else tint
+        tint = plots.colour(row["mixer"]) if stage in STAGES else "black" if stage != "system" else plots.QUIET
+        fill = {"zero-shot": "none", "system": "none", "lora": "bottom"}.get(stage, "full")
         low, high = 100 * row["low"], 100 * row["high"]
         ax.errorbar([x], [y], [[y - low], [high - y]], fmt="none", ecolor=tint, elinewidth=0.7, alpha=0.6)
         marker = plots.MARKERS.get(row["mixer"], "o") if stage in STAGES else "X"
-        ax.plot([x], [y], marker, color=tint, markerfacecolor=fill, markersize=5.5)
+        half = {"fillstyle": fill, "markerfacecoloralt": "white"}
+        ax.plot([x], [y], marker, color=tint, markersize=5.5, zorder=3 + (fill != "none"), **half)
         start = f"{row['mixer']}, zero-shot"
         if stage in STAGES and model != start and start in what.index:
             ends = [[100 * table.loc[m, "value"] for m in (start, model)] for table in (where, what)]
@@ -251,7 +259,7 @@ def make(profile: str) -> tuple[dict[str, Table], dict[str, Figure], dict[str, s
         "correspondence_evaluators": evaluators_table(rows),
         "correspondence_training": training_table(rows),
         "correspondence_factors": factors_table(rows, few),
-        "correspondence_published": Table(PUBLISHED, {"PCK@0.05 (%)": 1, "PCK@0.1 (%)": 1}, {},
+        "correspondence_published": Table(PUBLISHED, {"PCK@0.05 (%)": 1, "PCK@0.1 (%)": 1}, data=False, note=
             "Quoted from the comparison table of a later paper (SoY), under its protocol; not measured here."),
     }  # fmt: skip
     figures = {

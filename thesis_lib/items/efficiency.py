@@ -26,8 +26,10 @@ CAPTIONS = {
     "efficiency_modes": "The same models compiled, in other number formats, and with the attention kernel pinned.",
     "efficiency_hardware": "Latency, and how many times less than MHA's, on each machine that was measured.",
     "predicted_against_measured": "Time predicted from the machine's ceilings against time measured.",
-    "time_terms": "Predicted time of one image by term, over MHA's whole, at the fewest and the most tokens.",
-    "crossing_points": "Tokens from which a mixer costs less than MHA; arrows: none up to the largest size.",
+    "time_terms": "Time of one image over MHA's predicted one, at the fewest and the most tokens: predicted by term "
+    "(bars) and measured (dots).",
+    "crossing_points": "Tokens from which a mixer costs less than MHA; hollow arrows: not up to the largest size; "
+    "$\\le$: already at the smallest; bars: 95\\,\\% intervals, an arrow where one has no end.",
 }
 VARIANT = ("dtype", "mode", "sdpa_pinned")
 
@@ -100,7 +102,7 @@ def cost_model(predicted: pd.DataFrame) -> Table:
         "too much. Shares are medians over configurations. Held back by: the term with the largest median excess over "
         "MHA's time scaled by multiply-adds."
     )
-    return Table(frame, {column: 0 for column in frame if "%" in "".join(column)}, {}, note)
+    return Table(frame, {column: 0 for column in frame if "%" in "".join(column)}, {}, note, data=False)
 
 
 def crossings(crossed: pd.DataFrame) -> Table:
@@ -120,9 +122,10 @@ def crossings(crossed: pd.DataFrame) -> Table:
     about = crossed[crossed["stage"] == "measured"].iloc[0]
     note = (
         f"One image, {about['dtype']} on {about['device']}. ≤ n: already at n, the smallest size; > n: not up to n, "
-        "the largest; a–b: no longer beyond b. Interpolated between sizes in log N; 95 % bootstrap CI over passes."
+        "the largest; a–b: there and not beyond b; 2–65; 442: there, and from 442 on for good. Interpolated between "
+        "sizes in log N; 95 % bootstrap CI over passes."
     )
-    return Table(frame, {}, {}, note, ("", "Backbone"))
+    return Table(frame, {}, {}, note, ("", "Backbone"), data=False)
 
 
 def _text(row: pd.Series) -> str:
@@ -130,8 +133,9 @@ def _text(row: pd.Series) -> str:
         return f"> {int(row['largest'])}"
     if row["stage"] != "analytic" and row["value"] <= row["smallest"]:
         return f"≤ {int(row['smallest'])}"
-    until = row.get("until")
-    return f"{row['value']:.0f}" + (f"–{int(until)}" if pd.notna(until) else "")
+    until, before = row.get("until"), row.get("before")
+    text = f"{row['value']:.0f}" + (f"–{int(until)}" if pd.notna(until) else "")
+    return f"{before}; {text}" if pd.notna(before) else text
 
 
 def _end(row: pd.Series, name: str) -> str:
@@ -173,7 +177,9 @@ def protocol(rows: pd.DataFrame) -> Table:
         note += f" {timed['disturbed']:.0f} of {timed['rounds']:.0f} rounds of timing were disturbed: left out where "
         note += "others were not."
     digits = {column: None for column in frame.columns[1:]} | {("Throughput", "batch"): 0, ("Ceiling", "%"): 0}
-    return Table(frame, digits, {("Latency (ms)", "median"): "min", ("Throughput", "images/s"): "max"}, note)
+    return Table(
+        frame, digits, {("Latency (ms)", "median"): "min", ("Throughput", "images/s"): "max"}, note, data=False
+    )
 
 
 def variants(rows: pd.DataFrame, modes: pd.DataFrame) -> Table:
@@ -188,9 +194,11 @@ def variants(rows: pd.DataFrame, modes: pd.DataFrame) -> Table:
         own = both[both["mixer"] == mixer]
         for variant, part in own.groupby("variant", sort=False):
             record = {"Mixer": label(mixer), "Variant": variant}
-            for metric, name in (("latency", "ms"), ("throughput", "images/s"), ("compile_time", "compile (s)")):
-                found = part.loc[part["metric"] == metric, "value"].astype(float).dropna()
-                record[name] = found.max() if len(found) else np.nan
+            value = lambda metric, part=part: part[(part["metric"] == metric) & part["value"].notna()]
+            rates = value("throughput").astype({"value": float}).sort_values("value")
+            for name, found in (("ms", value("latency")[:1]), ("images/s", rates[-1:]), ("batch", rates[-1:])):
+                record[name] = found["batch" if name == "batch" else "value"].max() if len(found) else np.nan
+            record["compile (s)"] = value("compile_time")["value"].max()
             kernels = part["sdpa"].dropna() if "sdpa" in part else []
             record["kernel"] = kernels.iloc[0] if len(kernels) else ""
             notes = part["note"].dropna().unique() if "note" in part else []
@@ -199,11 +207,13 @@ def variants(rows: pd.DataFrame, modes: pd.DataFrame) -> Table:
     frame = pd.DataFrame(records)
     frame = frame.drop(columns=[name for name in ("compile (s)", "note") if not frame[name].replace("", np.nan).any()])
     note = (
-        f"{first['backbone']} at {int(first['image_size'])} px on {first['device']}; latency at batch 1, throughput of "
-        "the best batch measured. Kernel: the softmax attention that ran. Each variant was measured apart."
+        f"{first['backbone']} at {int(first['image_size'])} px on {first['device']}; latency at batch 1, throughput at "
+        "the best batch measured, which not every variant was given the same choice of. Kernel: the softmax attention "
+        "that ran. Each variant was measured apart."
     )
-    numeric = [name for name in ("ms", "images/s", "compile (s)") if name in frame]
-    return Table(frame, dict.fromkeys(numeric), {}, note, "Mixer")
+    numeric = {"ms": None, "images/s": None, "batch": 0, "compile (s)": None}
+    digits = {name: places for name, places in numeric.items() if name in frame}
+    return Table(frame, digits, {}, note, "Mixer", data=False)
 
 
 def _variant(row: pd.Series) -> str:
@@ -237,7 +247,7 @@ def by_hardware(rows: pd.DataFrame) -> Table:
         frame[machine, "× MHA"] = (table.loc["mha", machine] / table[machine]).to_numpy()
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     note = f"{name} at {size} px, {dtype}, latency of one image, eager. × MHA: how many times less time than MHA there."
-    return Table(frame, dict.fromkeys(frame.columns[1:]), {}, note)
+    return Table(frame, dict.fromkeys(frame.columns[1:]), {}, note, data=False)
 
 
 def numbers(predicted: pd.DataFrame, crossed: pd.DataFrame) -> dict[str, str]:

@@ -64,7 +64,7 @@ def _log(set_scale: Callable[[str], None], axis: Axis) -> None:
 
 
 def terms(predicted: pd.DataFrame) -> Figure:
-    """Draw each mixer's predicted time by term over MHA's, at the fewest and the most tokens; dot: measured."""
+    """Draw each mixer's predicted time by term, and the measured one, over MHA's predicted: fewest and most tokens."""
     both = predicted[(predicted["batch"] == 1) & predicted["measured"].notna()]
     both = both[(both["backbone"] == both["backbone"].iloc[0]) & (both["dtype"] == both["dtype"].iloc[0])]
     sizes = sorted({both["tokens"].min(), both["tokens"].max()})
@@ -79,10 +79,10 @@ def terms(predicted: pd.DataFrame) -> Figure:
             width = (part[term] / part.loc["mha", "value"])[shown].to_numpy(float)
             ax.barh(y, width, 0.7, left=left, color=TINTS[term], label=name)
             left = left + width
-        measured = (part["measured"] / part.loc["mha", "measured"])[shown].to_numpy(float)
+        measured = (part["measured"] / part.loc["mha", "value"])[shown].to_numpy(float)
         ax.plot(measured, y, "o", color="black", markersize=3.5, label="measured", zorder=4)
         ax.axvline(1, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-        ax.set(title=f"{int(tokens)} tokens", xlabel="time of one image, MHA = 1")
+        ax.set(title=f"{int(tokens)} tokens", xlabel="time, MHA's predicted = 1")
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(mixers)), [label(m) for m in mixers])
     axes[0, 0].invert_yaxis()
@@ -92,7 +92,7 @@ def terms(predicted: pd.DataFrame) -> Figure:
 
 
 def crossing_points(crossed: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw N* of every mixer of the first backbone, three ways; an arrow points beyond the largest size."""
+    """Draw N* of every mixer of the first backbone, three ways; an arrow points beyond the sizes that were tried."""
     keys = list(by_mixer(crossed))
     name = keys[0][0][0]
     keys = [(mixer, part) for (backbone, mixer), part in keys if backbone == name]
@@ -109,7 +109,12 @@ def crossing_points(crossed: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             ends = [row.value if pd.isna(row.low) else row.low, right if pd.isna(row.high) else row.high]
             if row.stage == "measured":
                 ax.plot(ends, [at, at], color=colour(mixer), linewidth=1)
+                if pd.isna(row.high):
+                    ax.plot([right], [at], color=colour(mixer), marker=">", markersize=3)
             ax.plot([row.value], [at], **style)
+            if row.stage != "analytic" and row.value <= row.smallest:  # already there
+                text = {"textcoords": "offset points", "fontsize": 7, "ha": "right", "va": "center"}
+                ax.annotate("≤", (row.value, at), (-4, 0), **text)
     ax.set_yticks(range(len(keys)), [label(mixer) for mixer, _ in keys])
     ax.set_ylim(len(keys) - 0.4, -0.6)
     _log(ax.set_xscale, ax.xaxis)

@@ -107,7 +107,7 @@ def front(rows: pd.DataFrame) -> Figure:
     right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     right.minorticks_off()
     right.margins(x=0.2, y=0.15)
-    right.set(xlabel="measured time of one image (ms)", ylabel="2AFC on val (%)")
+    right.set(xlabel=f"measured time an image at batch {int(times['batch'].iloc[0])} (ms)", ylabel="2AFC on val (%)")
     label_points(right, points, spans=spans)
     return figure
 
