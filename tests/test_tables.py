@@ -75,6 +75,18 @@ def test_numbers_in_prose_are_rounded_as_the_tables_are(share):
     assert latex.percentage(share) == f"{column[0]:.1f}"
 
 
+def test_a_note_is_read_by_latex_as_it_stands_and_says_what_is_synthetic(tmp_path):
+    frame = pd.DataFrame({"Mixer": ["a_b"], "2AFC (%)": [50.0]})
+    table = latex.Table(frame, {"2AFC (%)": 1}, note="vit_base_patch16_224.dino & n = 5, 95 % CI, ≤ 3 $, #1, PCK@α")
+    written = table.write(tmp_path / "a.tex", source="a test", synthetic=True).read_text()
+    note = " ".join(re.findall(r"\\footnotesize (.*)\} ", written))
+    assert note.startswith(r"vit\_base\_patch16\_224.dino \& n = 5, 95 \% CI, $\le$ 3 \$, \#1, PCK@$\alpha$")
+    assert note.endswith(latex.SYNTHETIC)
+    quoted = latex.Table(frame, note="Quoted.", data=False)
+    assert latex.SYNTHETIC not in quoted.write(tmp_path / "b.tex", source="a test", synthetic=True).read_text()
+    assert latex.SYNTHETIC not in table.write(tmp_path / "c.tex", source="a test").read_text()
+
+
 def test_comparison_shows_percent_intervals_and_bolds_the_best(rows, costs):
     table = tables.mixer_comparison(rows, costs)
     cells = {line[0]: line[1:] for line in body(table)}

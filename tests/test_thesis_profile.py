@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -16,14 +18,15 @@ from thesis_lib.datasets import synthetic
 from thesis_lib.datasets import synthetic_studies as studies
 
 TINY, DINOV2 = "deit_tiny_patch16_224.fb_in1k", "vit_small_patch14_reg4_dinov2.lvd142m"
+DINO = "vit_base_patch16_224.dino"
 SMALL = {  # what a few samples on a CPU need to differ; all else is the thesis'
     "01_data_preparation": {"max_samples": 2, "gallery": 2},
     "02_attention_evaluation": {"device": "cpu", "batch_size": 8, "max_samples": 2},
     "03_efficiency_analysis": {
         "device": "cpu",
-        "backbones": ["vit_base_patch16_224.dino"],
+        "backbones": [DINO],
         "mixers": ["mha", "pool"],
-        "image_sizes": {"vit_base_patch16_224.dino": [224]},
+        "image_sizes": {DINO: [224]},
         "batch_sizes": [1],
         "dtypes": ["float32"],
         "latency_runs": 3,
@@ -33,7 +36,7 @@ SMALL = {  # what a few samples on a CPU need to differ; all else is the thesis'
         "train_batch": 0,
         "best_batch": False,
         "ceiling_time": 0.001,
-        "predicted_sizes": {"vit_base_patch16_224.dino": [224]},
+        "predicted_sizes": {DINO: [224]},
     },
     "04_distillation": {
         "device": "cpu",
@@ -80,7 +83,7 @@ SMALL = {  # what a few samples on a CPU need to differ; all else is the thesis'
         "backbone": DINOV2,
         "img_size": 70,
         "batch_size": 4,
-        "weights": {DINOV2: "dinov2.safetensors"},
+        "weights": {DINOV2: "dinov2.safetensors", DINO: "dino_vitbase16_pretrain.pth"},
         "mixers": ["mha", "pool"],
         "layers": [5, 11],
         "sweep_system": "",
@@ -116,7 +119,7 @@ def data(tmp_path_factory):
     synthetic.write_nights(folder / "raw/nights", {"train": 3, "val": 3, "test": 4}, seed=1, size=256, workers=1)
     synthetic.write_imagenet100(folder / "raw/imagenet100", {"train": 4, "validation": 2, "test": 2}, workers=1)
     torch.manual_seed(0)
-    model = timm.create_model("vit_base_patch16_224.dino", num_classes=0)
+    model = timm.create_model(DINO, num_classes=0)
     torch.save(model.state_dict(), folder / "dino_vitbase16_pretrain.pth")
     for name, file in ((TINY, "tiny.safetensors"), (DINOV2, "dinov2.safetensors")):
         save_file(timm.create_model(name).state_dict(), folder / file)
@@ -174,5 +177,15 @@ def test_thesis_profile_runs_through_on_small_published_trees(data, tmp_path):
     made = {file.stem.split("-")[0].split(".")[0] for file in results.glob("*.parquet")}
     assert made == set(expected)
     description = json.loads((results / "models/pool-distilled/metric.json").read_text())
-    assert (description["recipe"]["name"], description["recipe"]["mixer"]) == ("vit_base_patch16_224.dino", "pool")
+    assert (description["recipe"]["name"], description["recipe"]["mixer"]) == (DINO, "pool")
+    rows = pd.read_parquet(results / "08_semantic_correspondence.parquet")
+    compared = rows[rows["mixer"].notna() & rows["stage"].isin(["zero-shot", "lora", "distilled"])]
+    assert set(compared["stage"]) == {"zero-shot", "lora", "distilled"}
+    assert set(zip(compared["backbone"], compared["image_size"], strict=True)) == {(DINO, 224)}
+    assert set(rows.loc[rows["stage"] == "sweep", "backbone"]) == {DINO, DINOV2}
     assert (tmp_path / "figures/thesis/tables/mixer_comparison.tex").is_file()
+    if shutil.which("pdflatex"):  # names of the timm kind stand in its notes
+        shutil.copy(paths.ROOT / "figures" / "thesis_preview.tex", tmp_path / "figures")
+        call = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", r"\def\profile{thesis}\input{thesis_preview}"]
+        log = subprocess.run(call, cwd=tmp_path / "figures", capture_output=True, text=True, errors="replace")
+        assert log.returncode == 0, log.stdout[-2000:]

@@ -165,7 +165,7 @@ class Table:
             texts = [max(map(len, [head, *self._shown(column)])) for head, column in zip(heads, members, strict=True)]
             width += max(sum(texts) + len(members), len(group)) + 2
         text = _typeset(re.sub(r"([%&#_$])", r"\\\1", self.note))
-        lines = textwrap.wrap(text, width=min(int(1.1 * width), NOTE_WIDTH))
+        lines = textwrap.wrap(text, width=min(int(1.1 * width), NOTE_WIDTH), break_long_words=False)
         return [rf"\multicolumn{{{len(columns)}}}{{@{{}}l@{{}}}}{{\footnotesize {line}}} \\" for line in lines]
 
 
