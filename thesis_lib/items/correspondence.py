@@ -92,7 +92,7 @@ def systems_table(rows: pd.DataFrame) -> Table:
     image = scores(rows, evaluator="DIFT per image")
     parts = [_percent(r, models, g) for r, g in ((low, "PCK@0.05"), (main, "PCK@0.1"), (image, "PCK@0.1 per image"))]
     absent = set(named.loc[named["value"].isna(), "model"])
-    state = ["no" if model in absent else "none needed" if model in BASELINES else "yes" for model in models]
+    state = ["no" if model in absent else "none" if model in BASELINES else "yes" for model in models]
     what = "PCK@α: within α times the box's longer side, over all key-points, or the mean of each image's"
     note = _note(rows, what, [])
     note += " No: weights not present, and nothing is estimated." if absent else ""
