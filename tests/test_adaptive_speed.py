@@ -26,10 +26,10 @@ def test_tasks_take_turns(monkeypatch):
     monkeypatch.setattr(adaptive_speed, "yardstick", lambda device: 1.0)
     order = []
     tasks = {name: lambda name=name: order.append(name) for name in "abc"}
-    times = interleaved(tasks, rounds=4)
+    times = interleaved(tasks, rounds=4, device="cpu")
     assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
     assert all(len(values) == 4 for values in times.values())
-    assert all(len(values) == 3 for values in interleaved(tasks, rounds=9, seconds=0).values())
+    assert all(len(values) == 3 for values in interleaved(tasks, rounds=9, seconds=0, device="cpu").values())
 
 
 def test_a_run_beside_a_slow_yardstick_is_repeated_and_the_quietest_counts(monkeypatch):
@@ -45,7 +45,7 @@ def test_a_run_beside_a_slow_yardstick_is_repeated_and_the_quietest_counts(monke
     monkeypatch.setattr(adaptive_speed, "yardstick", lambda device: next(yardsticks))
     monkeypatch.setattr(adaptive_speed.time, "perf_counter", lambda: clock[0])
     run = lambda: clock.__setitem__(0, clock[0] + next(spent))
-    times = interleaved({"a": run, "b": run}, rounds=2, seconds=1e9)
+    times = interleaved({"a": run, "b": run}, rounds=2, seconds=1e9, device="cpu")
     assert times["a"].tolist() == [5, 5] and times["b"].tolist() == [6, 7]  # 3 was quick, but not beside it
     assert next(spent, None) is None
 

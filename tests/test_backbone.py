@@ -435,7 +435,7 @@ def test_a_file_that_cannot_be_written_leaves_the_one_that_is_there(tmp_path):
 
     (tmp_path / "file").write_text("old")
     with pytest.raises(OSError, match="disk full"):
-        backbone.write_whole(tmp_path / "file", half)
+        paths.write_whole(tmp_path / "file", half)
     assert [(path.name, path.read_text()) for path in tmp_path.glob("*file*")] == [("file", "old")]
 
 

@@ -42,13 +42,12 @@ def interleaved(
     tasks: Mapping[str, Callable[[], object]],
     *,
     rounds: int,
+    device: torch.device | str,
     seconds: float = 60.0,
-    device: torch.device | str | None = None,
 ) -> dict:
     """Time tasks in turn, each round starting with the next one: {name: seconds of its runs, float64 (rounds,)}.
 
-    device: where the tasks run, which is waited for and has the yardstick; None: a GPU where there is one.
-
+    device: where the tasks run, which is waited for and has the yardstick.
     One run of each before is not timed. The yardstick is timed around each run: where it took longer than at quiet
     moments by more than `yardstick.DISTURBED`, the run is repeated at once, and of TRIES the one beside the quickest
     yardstick counts. Stops after `rounds`, or once `seconds` have gone by and three are done.
@@ -56,7 +55,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for task in tasks.values():
         task()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device)
     seen, end = [yardstick(device)], time.perf_counter() + seconds
     for i, names in enumerate(rotated(list(tasks), rounds)):
         if i >= 3 and time.perf_counter() > end:

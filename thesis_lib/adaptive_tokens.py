@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from thesis_lib import backbone, weights
+from thesis_lib import backbone, paths, weights
 from thesis_lib.attention.base import suggest
 
 MASKED = -1000.0  # added to a masked key's logit: exp(-1000) is 0 in every number format
@@ -241,7 +241,7 @@ def save(model: AdaptiveViT, path: str | Path) -> Path:
     state = {key: value.detach().cpu().contiguous() for key, value in vit.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "recipe": json.dumps(recipe), "halting": json.dumps(asdict(model.halting))}
-    return backbone.write_whole(path, lambda part: save_file(state, part, metadata=metadata))
+    return paths.write_whole(path, lambda part: save_file(state, part, metadata=metadata))
 
 
 def load(path: str | Path) -> AdaptiveViT:

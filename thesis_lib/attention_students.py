@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from thesis_lib import attention, weights
+from thesis_lib import attention, paths, weights
 from thesis_lib import backbone as backbones
 from thesis_lib.attention_teacher import check_blocks
 from thesis_lib.attention_transfer import AttentionTransfer
@@ -85,7 +85,7 @@ def export(model: AttentionTransfer, path: str | Path) -> Path:
     pixels = {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
     about = {"student": model.student.description, "options": model.options, "pixels": pixels}
     metadata = {"format": "pt", METADATA: json.dumps(about)}
-    return backbones.write_whole(path, lambda part: save_file(state, part, metadata=metadata))
+    return paths.write_whole(path, lambda part: save_file(state, part, metadata=metadata))
 
 
 def load(path: str | Path, teacher: VisionTransformer | None = None) -> AttentionTransfer:

@@ -2,9 +2,8 @@
 
 import difflib
 import json
-import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
@@ -117,19 +116,7 @@ def save_weights(model: VisionTransformer, path: str | Path, dtype: torch.dtype 
         raise ValueError("The model still carries a LoRA adapter; call merge_lora first.")
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     metadata = {"format": "pt", "recipe": json.dumps(model.recipe)}
-    return write_whole(path, lambda part: save_file(state, part, metadata=metadata))
-
-
-def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file and put it in place: whatever fails, whoever else writes, `path` is whole."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # one a process: under torchrun every rank may save
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    return paths.write_whole(path, lambda part: save_file(state, part, metadata=metadata))
 
 
 def merge_dreamsim_adapter(model: VisionTransformer, folder: str | Path) -> VisionTransformer:

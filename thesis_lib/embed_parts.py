@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from thesis_lib import backbone, perceptual
+from thesis_lib import paths, perceptual
 from thesis_lib.embed_sources import CHUNK, Listing
 
 
@@ -68,7 +68,7 @@ class Parts:
         try:
             self.folder.mkdir(exist_ok=True)
             if not plan.exists():
-                backbone.write_whole(plan, lambda part: part.write_text(json.dumps(self.run)))
+                paths.write_whole(plan, lambda part: part.write_text(json.dumps(self.run)))
             _same(_read(plan), self.run, self.folder)
             yield
         finally:

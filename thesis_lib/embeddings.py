@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from thesis_lib import backbone, perceptual
+from thesis_lib import paths, perceptual
 from thesis_lib.checkpoint import digest
 from thesis_lib.datasets.folders import image_folder
 from thesis_lib.datasets.imagenet100 import ImageNet100
@@ -159,7 +159,7 @@ def _replace(path: Path, rows: pd.DataFrame, values: np.ndarray, model: dict) ->
     columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]))
     whole = pa.table(columns, names=[*COLUMNS, "embedding"], metadata={"model": json.dumps(model)})
     try:
-        backbone.write_whole(path, lambda part: pq.write_table(whole, part))
+        paths.write_whole(path, lambda part: pq.write_table(whole, part))
     except OSError as error:
         raise RuntimeError(f"cannot write the embeddings to {path}: {error}") from error
 

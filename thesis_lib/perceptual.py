@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from thesis_lib import attention, backbone, class_token
+from thesis_lib import attention, backbone, class_token, paths
 from thesis_lib.datasets.pixels import rgb
 from thesis_lib.layer_plan import apply_plan
 from thesis_lib.statistics import Interval, bootstrap_mean
@@ -211,7 +211,7 @@ def save(metric: Metric, folder: str | Path) -> Path:
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
     text = json.dumps(description, indent=1) + "\n"
-    backbone.write_whole(folder / "metric.json", lambda part: part.write_text(text))
+    paths.write_whole(folder / "metric.json", lambda part: part.write_text(text))
     return folder
 
 

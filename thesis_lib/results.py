@@ -96,13 +96,8 @@ def write_table(frame: pd.DataFrame, name: str, *, profile: str, folder: Path | 
     table = table.replace_schema_metadata({KEY: json.dumps(_provenance())})
     folder = folder or (Path(_run()["staging"]) if "staging" in _run() else paths.RESULTS / profile)
     folder.mkdir(parents=True, exist_ok=True)
-    path, temporary = folder / f"{name}.parquet", folder / f".{name}.{os.getpid()}.tmp"
-    try:
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    write_parquet = functools.partial(pq.write_table, table, compression="zstd")
+    return paths.write_whole(folder / f"{name}.parquet", write_parquet)
 
 
 def read(pattern: str, *, profile: str) -> pd.DataFrame:
