@@ -128,7 +128,8 @@ def data(tmp_path_factory):
     studies.write(folder / "raw", sets, workers=1)
     for made, wanted in (("spair71k", "SPair-71k"), ("pf_willow", "PF-WILLOW"), ("cub200", "CUB_200_2011")):
         (folder / "raw" / made).rename(folder / "raw" / wanted)
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # gigabytes of ViT-B checkpoints, which pytest would keep
 
 
 def shrink(profile):

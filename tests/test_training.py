@@ -117,6 +117,17 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(tmp_path, interrupted_at,
     assert same_weights(whole, again)
 
 
+def test_what_cannot_go_on_keeps_the_best_weights_alone(tmp_path):
+    states = {}
+    for schedule in ("constant", "cosine"):
+        options = {"lr": 0.02, "evaluate": score, "ema_decay": 0.5, "checkpoint": tmp_path / schedule, **FAST}
+        fit(network(), squares, epochs_of(8), epochs=3, schedule=schedule, **options)
+        states[schedule] = torch.load(tmp_path / schedule / "state.pt", weights_only=True)
+    assert {"last", "average", "best"} == states["constant"]["files"].keys() and "optimizer" in states["constant"]
+    assert {"best"} == states["cosine"]["files"].keys() and "optimizer" not in states["cosine"]
+    assert len(list((tmp_path / "cosine").glob("*.safetensors"))) == 1
+
+
 def test_the_seed_decides_the_order_and_the_dropout():
     def trained(seed):
         model = network()

@@ -62,13 +62,16 @@ class Trainer:
     def restore(self, state: Mapping) -> None:
         """Go back to the end of the epoch that a checkpoint was written after."""
         stored = state["weights"]
+        self.rows, self.best, self.best_weights = state["rows"], state["best"], stored.get("best")
+        if "last" not in stored:  # what `finish` left is all that there will be
+            self.run = None
+            return
         load_weights(self.model, stored["last"])
         if self.average is not None:
             load_weights(self.average.module, stored["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.rows, self.best, self.best_weights = state["rows"], state["best"], stored.get("best")
 
     def train(self, epoch: int, batches: Iterable[tuple[int, Any]], rates: Sequence[float]) -> dict:
         """Run one epoch of (index, batch); give its log row."""
@@ -151,9 +154,16 @@ class Trainer:
             self.run.save({**state, "optimizer": self.optimizer.state_dict(), "scaler": scaler}, stored)
         self.accelerator.wait_for_everyone()
 
-    def load_best(self) -> None:
-        """Put the best weights into the model; the last where no epoch was judged."""
-        load_weights(self.model, weights(self.judged) if self.best_weights is None else self.best_weights)
+    def finish(self, *, final: bool) -> None:
+        """Put the best weights into the model; the last where no epoch was judged.
+
+        final: the run cannot go on, and its checkpoint keeps these weights and the log alone: a quarter of its bytes.
+        """
+        chosen = weights(self.judged) if self.best_weights is None else self.best_weights
+        if final and self.run is not None and self.accelerator.is_main_process:
+            self.run.save({"epoch": len(self.rows), "rows": self.rows, "best": self.best}, {"best": chosen})
+        self.accelerator.wait_for_everyone()
+        load_weights(self.model, chosen)
 
 
 def share(batches: Iterable, rank: int, world: int) -> Iterator[tuple[int, Any]]:

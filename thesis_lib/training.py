@@ -114,8 +114,9 @@ def fit(
     checkpoint: folder, rewritten after each epoch. resume: True or "allow" goes on from the checkpoint where there is
         one, "must" needs one, False replaces it. On a CPU a resumed run gives the same weights and rows, times apart,
         bit for bit. One of another configuration is refused; `config` adds plain values that must agree (data, batch
-        size, loss). With a constant schedule more epochs may be asked for than at first. With a warning, a run that
-        other code began goes on, and one that other code finished is moved aside and, except for "must", made anew.
+        size, loss). With a constant schedule more epochs may be asked for than at first; of a cosine that is over, only
+        what it gave is kept. With a warning, a run that other code began goes on, and one that other code finished is
+        moved aside and, except for "must", made anew.
     device: "cpu", "cuda", ...; None: the accelerator where there is one. mixed_precision: "no", "bf16", "fp16".
 
     RuntimeError: loss or weights are not finite, or the checkpoint cannot be written; the last good one is kept.
@@ -172,7 +173,7 @@ def fit(
                 if evaluate and (epoch % eval_every == 0 or epoch == epochs):
                     row |= trainer.evaluate(evaluate, epoch, select)
                 trainer.close_epoch(row, select)
-        trainer.load_best()
+        trainer.finish(final=schedule != "constant")
     finally:
         bar.close()
         model.to(home).eval().zero_grad()
