@@ -108,14 +108,14 @@ def test_use_rows():
     assert all(row["model"] == "a" and row["n"] == 2 for row in rows)
 
 
-@pytest.mark.parametrize("augment", ["none", "flip"])
-def test_training_teaches_the_task_and_the_halting(augment):
+@pytest.mark.parametrize("augmentation", [{"flip": 0.0, "smoothing": 0.0}, {"mixup": 0.2}])
+def test_training_teaches_the_task_and_the_halting(augmentation):
     torch.manual_seed(0)
     vit = backbone.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=2)
     pixels, val = Pixels(96), Pixels(32, seed=1)
     data = (pixels, pixels.labels, val, val.labels)
     model = AdaptiveViT(vit, preset("paper", gamma=5.0, beta=-5.0, target_depth=2.0))
-    log = train_classifier(model, *data, epochs=6, batch_size=16, lr=3e-3, augment=augment, **FAST)
+    log = train_classifier(model, *data, epochs=6, batch_size=16, lr=3e-3, augmentation=augmentation, **FAST)
     assert log[-1]["accuracy"] > 0.85
     assert log[-1]["tokens"] < 0.8 * 17 and not model.training
     again = predict(model, val)
@@ -125,10 +125,10 @@ def test_training_teaches_the_task_and_the_halting(augment):
 def test_a_plain_vit_is_trained_by_the_same_call():
     pixels = Pixels(32)
     data = (pixels, pixels.labels, pixels, pixels.labels)
-    (row,) = train_classifier(halting_vit(), *data, epochs=1, lr=1e-3, max_batches=1, label_smoothing=0.1, **FAST)
+    (row,) = train_classifier(halting_vit(), *data, epochs=1, lr=1e-3, max_batches=1, **FAST)
     assert row["tokens"] == 17 and np.isfinite(row["loss"])
-    with pytest.raises(ValueError, match="did you mean 'flip'"):
-        train_classifier(halting_vit(), *data, epochs=1, augment="flap", **FAST)
+    with pytest.raises(ValueError, match="flip=2 must lie"):
+        train_classifier(halting_vit(), *data, epochs=1, augmentation={"flip": 2}, **FAST)
 
 
 def test_heads_come_from_the_seed_alone():

@@ -1,18 +1,18 @@
 """Train and judge models whose tokens halt: as classifiers, and as perceptual metrics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from thesis_lib import backbone, perceptual
 from thesis_lib.adaptive_tokens import AdaptiveViT, Trace, halting_loss
+from thesis_lib.augmentation import Augmentation, whole_batches
 from thesis_lib.checkpoint import digest
 from thesis_lib.datasets.missing import choose
 from thesis_lib.statistics import bootstrap_mean
@@ -20,11 +20,6 @@ from thesis_lib.token_removal import TokenRemoval, executed_macs
 from thesis_lib.trainer import random_state_kept
 from thesis_lib.training import Batches, fit, triplet_batches, two_afc
 
-AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of one uint8 image (3, H, W): torchvision draws once a call
-    "none": nn.Identity(),
-    "flip": v2.RandomHorizontalFlip(),
-    "autoaugment": v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET),
-}
 OBJECTIVES = ("distillation", "2afc")
 
 
@@ -73,9 +68,9 @@ def headed(
 
 
 def normalised(model: nn.Module, images: Tensor) -> Tensor:
-    """Scale bytes (B, 3, H, W) as the weights expect them."""
+    """Scale images (B, 3, H, W), bytes or floats in [0, 1], as the weights expect them."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in backbone.normalization(model))
-    return (images.float() / 255 - mean) / std
+    return ((images if images.is_floating_point() else images.float() / 255) - mean) / std
 
 
 def train_classifier(
@@ -89,8 +84,7 @@ def train_classifier(
     batch_size: int = 32,
     lr: float = 1e-4,
     head_lr_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    augment: str = "none",
+    augmentation: Mapping[str, Any] | None = None,
     max_batches: int | None = None,
     **options: Any,
 ) -> list[dict]:
@@ -98,40 +92,34 @@ def train_classifier(
 
     The loss is the cross-entropy, for an adaptive model plus ponder and distribution loss. The weights of the last
     epoch stay: an early one may be more accurate because its tokens do not halt yet. pixels: uint8 images by row,
-    labels: (n,). head_lr_scale: how much faster the head learns. options: those of `training.fit` (weight_decay,
-    schedule, warmup_epochs, ema_decay, checkpoint, ...).
+    labels: (n,). head_lr_scale: how much faster the head learns. augmentation: what `Augmentation` takes. options:
+    those of `training.fit` (weight_decay, schedule, warmup_epochs, ema_decay, checkpoint, ...). An incomplete last
+    batch of an epoch is left out. Raises ValueError where there is no whole batch.
     """
-    choose(augment, AUGMENTATIONS, "augmentation")
-    labels, val_labels = np.asarray(labels, np.int64), np.asarray(val_labels, np.int64)
-
-    def gather(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        images = torch.stack([AUGMENTATIONS[augment](image) for image in pixels[rows]])
-        return images, torch.from_numpy(labels[rows])
-
-    def batches(epoch: int, generator: torch.Generator) -> Batches:
-        order = torch.randperm(len(labels), generator=generator).numpy()
-        return Batches(order, batch_size, gather, max_batches)
+    answers, head = torch.from_numpy(np.asarray(labels, np.int64)), getattr(model, "vit", model).head
+    augment, criterion = Augmentation(head.out_features, **(augmentation or {})), SoftTargetCrossEntropy()
+    pick = lambda rows: (pixels[rows], answers[rows])
+    batches = whole_batches(len(answers), batch_size, pick, augment, max_batches)
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, target = batch
+        images, targets = augment(*batch)
         x = normalised(model, images)
         if not isinstance(model, AdaptiveViT):
-            return F.cross_entropy(model(x), target, label_smoothing=label_smoothing)
+            return criterion(model(x), targets)
         trace = model.run(x)
-        task = F.cross_entropy(model.classify(trace.features), target, label_smoothing=label_smoothing)
-        return task + halting_loss(trace, model.halting)
+        return criterion(model.classify(trace.features), targets) + halting_loss(trace, model.halting)
 
     def evaluate(model: nn.Module, epoch: int) -> dict[str, float]:
         device = next(model.parameters()).device
         predicted, tokens, _ = predict(model, val_pixels, batch_size=batch_size, device=device)
-        return {"accuracy": float((predicted == val_labels).mean()), "tokens": float(tokens.mean())}
+        return {"accuracy": float((predicted == np.asarray(val_labels)).mean()), "tokens": float(tokens.mean())}
 
-    head = {id(p) for p in getattr(model, "vit", model).head.parameters()}
-    groups = [{"params": [p for p in model.parameters() if (id(p) in head) == chosen]} for chosen in (False, True)]
+    of_head = {id(p) for p in head.parameters()}
+    groups = [{"params": [p for p in model.parameters() if (id(p) in of_head) == chosen]} for chosen in (False, True)]
     groups[1]["lr_scale"] = head_lr_scale
     halting = str(getattr(model, "halting", None))
-    config = {"batch_size": batch_size, "label_smoothing": label_smoothing, "augment": augment, "halting": halting}
-    config["data"] = digest([("labels", torch.from_numpy(labels))])
+    config = {"batch_size": batch_size, "augmentation": augmentation or {}, "halting": halting}
+    config["data"] = digest([("labels", answers)])
     config["start"] = digest(model.state_dict().items())
     options = {"evaluate": evaluate, "select": None, "config": config, "parameters": groups} | options
     return fit(model, loss, batches, epochs=epochs, lr=lr, **options)

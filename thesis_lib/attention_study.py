@@ -22,7 +22,7 @@ from thesis_lib.trainer import train_each
 
 TRANSFER = ("mode", "end_layer", "layers", "heads", "average", "drop_path")
 TRAINING = ("epochs", "min_lr", "warmup_epochs", "layer_decay", "beta2", "weight_decay", "ema_decay", "atd_weight")
-RECIPE = (*TRANSFER, *TRAINING, "blr", "min_blr", "augment", "init")
+RECIPE = (*TRANSFER, *TRAINING, "blr", "min_blr", "augmentation", "init")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Study:
             batch_size=self.batch_size,
             lr=recipe["blr"] * scale,
             schedule="cosine",
-            augment=recipe.get("augment"),
+            augmentation=recipe.get("augmentation"),
             checkpoint=self.folder / f"{name}.checkpoint",
             **training,
             **self.options,

@@ -5,65 +5,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data.mixup import Mixup, mixup_target
-from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import InterpolationMode, v2
 
 from thesis_lib import perceptual
 from thesis_lib.attention_transfer import AttentionTransfer
+from thesis_lib.augmentation import Augmentation, whole_batches
 from thesis_lib.checkpoint import digest
 from thesis_lib.distillation import trainable_parameters
 from thesis_lib.statistics import bootstrap_mean
 from thesis_lib.training import Batches, fit, two_afc
-
-GROUP = 8  # images that share one draw of crop, flip and RandAugment
-
-
-class Augment:
-    """The published recipe on a batch that is on the device: uint8 (b, 3, S, S), labels (b,) -> images, soft targets.
-
-    crop: least share of the area of a random resized crop (MAE's recipe: 0.08); 1 keeps whole images. randaugment:
-    magnitude of two operations, 0 to 30 (timm's m9 of 10 is 27 here); 0 leaves them out. These and the flip are drawn
-    once for every eight images, which share their cost; erasing, mixup and cutmix are timm's, with mixup_prob 1,
-    switch_prob 0.5, mode batch. All is drawn from the global random states, so that epochs can be repeated.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        size: int,
-        *,
-        crop: float = 1.0,
-        flip: float = 0.5,
-        randaugment: int = 0,
-        reprob: float = 0.0,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        smoothing: float = 0.1,
-    ) -> None:
-        self.num_classes, self.smoothing, self.reprob = num_classes, smoothing, reprob
-        steps: list[nn.Module] = [v2.RandomHorizontalFlip(flip)]
-        if crop < 1:
-            steps.append(v2.RandomResizedCrop(size, (crop, 1.0), interpolation=InterpolationMode.BICUBIC))
-        if randaugment:
-            steps.append(v2.RandAugment(2, randaugment))
-        self.geometry = v2.Compose(steps)
-        self.mixup = None
-        if mixup or cutmix:
-            self.mixup = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes)
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.cat([self.geometry(group) for group in images.split(GROUP)]).float() / 255
-        if self.reprob:
-            erase = RandomErasing(self.reprob, mode="pixel", device=x.device)
-            x = erase(x * 4 - 2).add_(2).div_(4)  # its noise is standard normal, as normalised pixels roughly are
-        if self.mixup is not None:
-            return self.mixup(x, labels)
-        return x, mixup_target(labels, self.num_classes, lam=1.0, smoothing=self.smoothing)
 
 
 def train_classifier(
@@ -76,7 +29,7 @@ def train_classifier(
     batch_size: int,
     lr: float,
     atd_weight: float = 3.0,
-    augment: Mapping[str, float] | None = None,
+    augmentation: Mapping[str, Any] | None = None,
     weight_decay: float = 0.05,
     layer_decay: float = 1.0,
     beta2: float = 0.999,
@@ -88,32 +41,19 @@ def train_classifier(
 
     val: pixels and labels by whose accuracy the best epoch is chosen. lr is the rate itself: the recipes' blr times the
     batch over all processes / 256. layer_decay: timm's layer-wise decay, whose last block has decay^1 and head 1.
-    augment: options of `Augment`. options: those of `training.fit` (schedule, warmup_epochs, min_lr, checkpoint,
-    resume, seed, device, mixed_precision, ...). An incomplete last batch of an epoch is left out.
+    augmentation: what `Augmentation` takes. options: those of `training.fit` (schedule, warmup_epochs, min_lr,
+    checkpoint, resume, seed, device, mixed_precision, ...). An incomplete last batch of an epoch is left out.
     ValueError: an epoch has no whole batch, mixup an odd batch, or min_lr lies above lr.
     """
-    student, size = model.student, model.student.patch_embed.img_size[0]
-    kept = len(labels) // batch_size * batch_size
-    if not kept:
-        raise ValueError(f"there are {len(labels)} images, fewer than one batch of {batch_size}")
-    augment = dict(augment or {})
-    if batch_size % 2 and (augment.get("mixup") or augment.get("cutmix")):
-        raise ValueError(f"mixup pairs the images of a batch: batch_size={batch_size} must be even")
+    student, answers = model.student, torch.from_numpy(np.asarray(labels, np.int64))
     if options.get("min_lr", 0.0) > lr:
         raise ValueError(f"min_lr={options['min_lr']} lies above lr={lr:.3g}: a smaller batch needs a smaller one")
-    prepare = Augment(student.num_classes, size, **augment)
-    criterion = SoftTargetCrossEntropy()
-    answers = torch.from_numpy(np.asarray(labels, np.int64))
-
-    def gather(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        return pixels[rows], answers[rows]
-
-    def batches(epoch: int, generator: torch.Generator) -> Batches:
-        order = torch.randperm(len(labels), generator=generator)[:kept].numpy()
-        return Batches(order, batch_size, gather, max_batches)
+    augment, criterion = Augmentation(student.num_classes, **(augmentation or {})), SoftTargetCrossEntropy()
+    pick = lambda rows: (pixels[rows], answers[rows])
+    batches = whole_batches(len(labels), batch_size, pick, augment, max_batches)
 
     def loss(trained: AttentionTransfer, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, targets = prepare(*batch)
+        images, targets = augment(*batch)
         features, attention = trained.features(images)
         return criterion(trained.head(features), targets) + atd_weight * attention
 
@@ -144,7 +84,7 @@ def train_classifier(
         config={
             "batch_size": batch_size,
             "atd_weight": atd_weight,
-            "augment": augment,
+            "augmentation": augmentation or {},
             "transfer": model.options,
             "teacher": taught,
             "labels": digest([("labels", answers)]),

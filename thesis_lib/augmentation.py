@@ -1,4 +1,4 @@
-"""Training augmentation of whole batches on the device they are on, as timm composes it for ImageNet.
+"""Batches of labelled images, and their augmentation as a whole on the device they are on, as timm composes it.
 
 Random erasing, mixup and cutmix are timm's; crop and flip draw for each image. RandAugment (Cubuk et al. 2020) is
 torchvision's, which transforms tensors: `GROUP` images share one draw, where timm's takes one image after the other on
@@ -7,7 +7,10 @@ the CPU.
 
 import random
 import re
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -16,17 +19,20 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
-GROUP = 16  # images that share one RandAugment draw
+from thesis_lib.training import Batches
+
+GROUP = 8  # images that share one RandAugment draw
 BINS = 31  # torchvision's magnitudes; timm counts from 0 to 10
 
 
 class Augmentation:
     """Turn a batch of bytes into what the model learns from: images in [0, 1] and soft targets.
 
-    crop_scale: share of the area that a random crop keeps, aspect ratio from 3/4 to 4/3; None: the whole image.
+    crop_scale: share of the area that a random crop keeps, aspect ratio from 3/4 to 4/3, bilinear; None: the whole.
     flip: probability of mirroring. rand_augment: timm's string, such as "rand-m9-mstd0.5-inc1" or with "n3" for three
-    operations; None: none. random_erasing: probability; the rectangle is filled with noise. mixup, cutmix: alpha of the
-    beta distribution, 0 for none; with both each batch takes one, at evens. smoothing: of the targets.
+    operations; None: none. random_erasing: probability; the rectangle is filled with noise, `noise` times the standard
+    normal, which the model should see normalised. mixup, cutmix: alpha of the beta distribution, 0 for none; with both
+    each batch takes one, at evens. smoothing: of the targets.
     Raises ValueError for a string that is no RandAugment policy and for rates out of range.
     """
 
@@ -34,13 +40,14 @@ class Augmentation:
         self,
         classes: int,
         *,
-        crop_scale: tuple[float, float] | None = (0.8, 1.0),
+        crop_scale: tuple[float, float] | None = None,
         flip: float = 0.5,
         rand_augment: str | None = None,
         random_erasing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         smoothing: float = 0.1,
+        noise: float = 0.25,
     ) -> None:
         rates = {"flip": flip, "random_erasing": random_erasing, "smoothing": smoothing}
         for name, rate in rates.items():
@@ -51,7 +58,7 @@ class Augmentation:
         if min(mixup, cutmix) < 0:
             raise ValueError(f"mixup={mixup} and cutmix={cutmix} must not be negative")
         self.classes, self.crop_scale, self.flip, self.smoothing = classes, crop_scale, flip, smoothing
-        self.random_erasing, self.policy = random_erasing, parse_policy(rand_augment)
+        self.random_erasing, self.noise, self.policy = random_erasing, noise, parse_policy(rand_augment)
         mixing = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "label_smoothing": smoothing, "num_classes": classes}
         self.mix = Mixup(**mixing) if mixup or cutmix else None
 
@@ -69,7 +76,7 @@ class Augmentation:
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < self.flip, x.flip(3), x)
         if self.random_erasing:
             erase = RandomErasing(self.random_erasing, mode="pixel", device=x.device)
-            x = (erase(2 * x - 1) + 1) / 2  # timm's noise is standard normal, in the units that the model sees
+            x = erase((x - 0.5) / self.noise) * self.noise + 0.5  # timm's noise is standard normal
         if self.mix is not None:
             return self.mix(x, labels)
         return x, mixup_target(labels, self.classes, smoothing=self.smoothing)
@@ -78,6 +85,25 @@ class Augmentation:
         level = random.gauss(self.policy["m"], self.policy["mstd"])
         magnitude = round(min(max(level, 0.0), 10.0) / 10 * (BINS - 1))
         return v2.RandAugment(int(self.policy["n"]), magnitude, BINS)(images)
+
+
+def whole_batches(
+    count: int, batch_size: int, gather: Callable[[np.ndarray], Any], augment: Augmentation, max_batches: int | None
+) -> Callable[[int, torch.Generator], Batches]:
+    """Make `fit`'s `batches`: rows of `count`, shuffled anew each epoch; an incomplete last batch is left out.
+
+    ValueError: there is no whole batch, or mixup or cutmix would have to pair an odd number of images.
+    """
+    if count < batch_size:
+        raise ValueError(f"{count} images do not fill one batch of {batch_size}: lower batch_size")
+    if batch_size % 2 and augment.mix is not None:
+        raise ValueError(f"mixup and cutmix pair the images of a batch: batch_size={batch_size} must be even")
+
+    def batches(epoch: int, generator: torch.Generator) -> Batches:
+        order = torch.randperm(count, generator=generator)[: count // batch_size * batch_size]
+        return Batches(order.numpy(), batch_size, gather, max_batches)
+
+    return batches
 
 
 def parse_policy(policy: str | None) -> dict[str, float] | None:

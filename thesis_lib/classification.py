@@ -14,7 +14,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from thesis_lib.attention.moh import balance_loss
-from thesis_lib.augmentation import Augmentation
+from thesis_lib.augmentation import Augmentation, whole_batches
 from thesis_lib.checkpoint import digest
 from thesis_lib.classifier import ViTForImageClassification, refuse_other, save
 from thesis_lib.datasets import pixels
@@ -23,7 +23,7 @@ from thesis_lib.datasets.imagenet100 import ImageNet100
 from thesis_lib.datasets.missing import choose
 from thesis_lib.statistics import bootstrap_mean
 from thesis_lib.trainer import make_seed, random_state_kept
-from thesis_lib.training import BALANCE, Batches, fit
+from thesis_lib.training import BALANCE, fit
 
 DATASETS = ("CIFAR-10", "ImageNet-100")
 
@@ -124,20 +124,15 @@ def train(
     out. Norms, biases, class token and positions are not decayed. A checkpoint of another model, data or recipe is
     refused by a ValueError that names the differing keys.
     """
-    size = len(images) // batch_size * batch_size
-    if size == 0:
-        raise ValueError(f"{len(images)} training images do not fill one batch of {batch_size}: lower batch_size")
     if len(images.classes) != model.config["num_classes"]:
         raise ValueError(f"the data have {len(images.classes)} classes, the model {model.config['num_classes']}")
-    augment, criterion = Augmentation(len(images.classes), **(augmentation or {})), SoftTargetCrossEntropy()
+    augment = Augmentation(len(images.classes), **{"noise": 0.5, **(augmentation or {})})  # of the normalisation
+    batches = whole_batches(len(images), batch_size, images.__getitem__, augment, max_batches)
+    criterion = SoftTargetCrossEntropy()
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, targets = augment(*batch)
         return criterion(model(x), targets) + BALANCE * balance_loss(model)  # nothing without routers
-
-    def batches(epoch: int, generator: torch.Generator) -> Batches:
-        order = torch.randperm(len(images), generator=generator).numpy()[:size]
-        return Batches(order, batch_size, images.__getitem__, max_batches)
 
     def evaluate(model: nn.Module, epoch: int) -> dict[str, float]:
         table = score(model, val, batch_size=batch_size)
