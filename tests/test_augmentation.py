@@ -75,13 +75,15 @@ def test_rand_augment_is_batched_and_drawn_from_the_global_states():
     assert outputs[0].shape == images.shape and 0 <= outputs[0].min() and outputs[0].max() <= 1
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
     assert (outputs[0] != images / 255).flatten(1).any(1).float().mean() > 0.5
-    assert parse_policy("rand-m7-n3") == {"m": 7.0, "n": 3.0, "mstd": 0.5, "inc": 1.0}
+    never = Augmentation(3, **PLAIN, rand_augment="rand-m9-p0")(images, torch.zeros(40, dtype=torch.long))[0]
+    assert torch.equal(never, images / 255)
+    assert parse_policy("rand-m7-n3") == {"m": 7.0, "n": 3.0, "p": 0.5, "mstd": 0.5, "inc": 1.0}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rand_augment": "rand-m9-x1"}, "'x1' is none of m, n, mstd and inc"),
+        ({"rand_augment": "rand-m9-x1"}, "'x1' is none of m, n, p, mstd and inc"),
         ({"rand_augment": "augmix-m3"}, "must be like"),
         ({"rand_augment": "rand-m12"}, "m from 0 to 10"),
         ({"flip": 1.5}, r"flip=1.5 must lie in \[0, 1\]"),

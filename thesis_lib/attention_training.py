@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thesis_lib import perceptual
+from thesis_lib.attention.moh import balance_loss
 from thesis_lib.attention_transfer import AttentionTransfer
 from thesis_lib.augmentation import Augmentation, whole_batches
 from thesis_lib.checkpoint import digest
 from thesis_lib.distillation import trainable_parameters
 from thesis_lib.statistics import bootstrap_mean
-from thesis_lib.training import Batches, fit, two_afc
+from thesis_lib.training import BALANCE, Batches, fit, two_afc
 
 
 def train_classifier(
@@ -55,7 +56,7 @@ def train_classifier(
     def loss(trained: AttentionTransfer, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, targets = augment(*batch)
         features, attention = trained.features(images)
-        return criterion(trained.head(features), targets) + atd_weight * attention
+        return criterion(trained.head(features), targets) + atd_weight * attention + BALANCE * balance_loss(trained)
 
     def evaluate(judged: AttentionTransfer, epoch: int) -> dict[str, float]:
         logits, right = predict(judged, val[0], batch_size=batch_size), torch.as_tensor(val[1])
@@ -115,7 +116,7 @@ def predict(model: nn.Module, pixels: Any, *, batch_size: int = 64, device: str 
 def ensemble(first: Tensor, second: Tensor) -> dict[str, Tensor]:
     """Average two models' logits (n, classes), and their probabilities: scores (n, classes) by kind of average.
 
-    The paper does not say which of the two its ensemble of student and fine-tuned teacher is.
+    The published code has no ensemble; which of the two the paper means could not be checked.
     """
     probabilities = (first.softmax(-1) + second.softmax(-1)) / 2
     return {"logits": (first + second) / 2, "probabilities": probabilities}
@@ -191,7 +192,8 @@ def distil_metric(
         features, gap = trained.features(images.float() / 255)
         cls = features[:, 0]  # (b, D); centred, its cosine is what `Metric` measures
         # Even at weight 0 the second part keeps every parameter in the graph, as gradient averaging needs.
-        return attention * gap + embedding * perceptual.distance(cls - cls.mean(-1, keepdim=True), target).mean()
+        alike = perceptual.distance(cls - cls.mean(-1, keepdim=True), target).mean()
+        return attention * gap + embedding * alike + BALANCE * balance_loss(trained)
 
     def evaluate(judged: AttentionTransfer, epoch: int) -> dict[str, float]:
         return {"2afc": two_afc(perceptual.Metric(judged.student), val_pixels, val, batch_size=batch_size)}

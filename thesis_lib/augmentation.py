@@ -1,8 +1,7 @@
 """Batches of labelled images, and their augmentation as a whole on the device they are on, as timm composes it.
 
-Random erasing, mixup and cutmix are timm's; crop and flip draw for each image. RandAugment (Cubuk et al. 2020) is
-torchvision's, which transforms tensors: `GROUP` images share one draw, where timm's takes one image after the other on
-the CPU.
+Random erasing, mixup and cutmix are timm's; crop and flip draw for each image. RandAugment (Cubuk et al. 2020) is drawn
+as timm does it, but once for `GROUP` images, and its operations are torchvision's, which transform tensors.
 """
 
 import random
@@ -19,20 +18,22 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
+from thesis_lib.attention.soft import without_autocast
 from thesis_lib.training import Batches
 
 GROUP = 8  # images that share one RandAugment draw
 BINS = 31  # torchvision's magnitudes; timm counts from 0 to 10
+FILL = [124, 116, 104]  # where an operation leaves nothing: ImageNet's mean
 
 
 class Augmentation:
     """Turn a batch of bytes into what the model learns from: images in [0, 1] and soft targets.
 
     crop_scale: share of the area that a random crop keeps, aspect ratio from 3/4 to 4/3, bilinear; None: the whole.
-    flip: probability of mirroring. rand_augment: timm's string, such as "rand-m9-mstd0.5-inc1" or with "n3" for three
-    operations; None: none. random_erasing: probability; the rectangle is filled with noise, `noise` times the standard
-    normal, which the model should see normalised. mixup, cutmix: alpha of the beta distribution, 0 for none; with both
-    each batch takes one, at evens. smoothing: of the targets.
+    flip: probability of mirroring. rand_augment: timm's string, such as "rand-m9-mstd0.5-inc1", with "n3" for three
+    operations, "p0.8" for how often each is applied (a half); None: none. random_erasing: probability; the rectangle is
+    filled with noise, `noise` times the standard normal, which the model should see normalised. mixup, cutmix: alpha of
+    the beta distribution, 0 for none; with both each batch takes one, at evens. smoothing: of the targets.
     Raises ValueError for a string that is no RandAugment policy and for rates out of range.
     """
 
@@ -67,24 +68,29 @@ class Augmentation:
 
         What is random comes from the global states of torch, numpy and random. With mixup or cutmix B must be even.
         """
-        if self.policy:
-            images = torch.cat([self._rand_augment(part) for part in images.split(GROUP)])
-        x = images.float() / 255
-        if self.crop_scale:
-            x = resized_crop(x, self.crop_scale)
-        if self.flip:
-            x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < self.flip, x.flip(3), x)
-        if self.random_erasing:
-            erase = RandomErasing(self.random_erasing, mode="pixel", device=x.device)
-            x = erase((x - 0.5) / self.noise) * self.noise + 0.5  # timm's noise is standard normal
-        if self.mix is not None:
-            return self.mix(x, labels)
-        return x, mixup_target(labels, self.classes, smoothing=self.smoothing)
+        with without_autocast(images):  # in half precision the places to sample are off by parts of a pixel
+            x = images.float() / 255
+            if self.crop_scale:
+                x = resized_crop(x, self.crop_scale)
+            if self.flip:
+                x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < self.flip, x.flip(3), x)
+            if self.policy:
+                parts = (255 * x).round().to(torch.uint8).split(GROUP)
+                x = torch.cat([self._rand_augment(part) for part in parts]).float() / 255
+            if self.random_erasing:
+                erase = RandomErasing(self.random_erasing, mode="pixel", device=x.device)
+                x = erase((x - 0.5) / self.noise) * self.noise + 0.5  # timm's noise is standard normal
+            if self.mix is not None:
+                return self.mix(x, labels)
+            return x, mixup_target(labels, self.classes, smoothing=self.smoothing)
 
     def _rand_augment(self, images: Tensor) -> Tensor:
-        level = random.gauss(self.policy["m"], self.policy["mstd"])
-        magnitude = round(min(max(level, 0.0), 10.0) / 10 * (BINS - 1))
-        return v2.RandAugment(int(self.policy["n"]), magnitude, BINS)(images)
+        for _ in range(int(self.policy["n"])):
+            if random.random() < self.policy["p"]:
+                level = min(max(random.gauss(self.policy["m"], self.policy["mstd"]), 0.0), 10.0)
+                one = {"num_ops": 1, "magnitude": round(level / 10 * (BINS - 1)), "num_magnitude_bins": BINS}
+                images = v2.RandAugment(**one, interpolation=v2.InterpolationMode.BILINEAR, fill=FILL)(images)
+        return images
 
 
 def whole_batches(
@@ -107,15 +113,15 @@ def whole_batches(
 
 
 def parse_policy(policy: str | None) -> dict[str, float] | None:
-    """Read timm's RandAugment string: m (magnitude, 0 to 10), n (operations), mstd (noise of m), inc (always on)."""
+    """Read timm's RandAugment string: m (magnitude, 0 to 10), its noise mstd, n operations, p (of each), inc (on)."""
     if policy is None:
         return None
     head, *parts = policy.split("-")
-    found = {"m": 9.0, "n": 2.0, "mstd": 0.5, "inc": 1.0}
+    found = {"m": 9.0, "n": 2.0, "p": 0.5, "mstd": 0.5, "inc": 1.0}
     for part in parts:
-        match = re.fullmatch(r"(m|n|mstd|inc)(\d+\.?\d*)", part)
+        match = re.fullmatch(r"(m|n|p|mstd|inc)(\d+\.?\d*)", part)
         if not match:
-            raise ValueError(f"rand_augment={policy!r}: {part!r} is none of m, n, mstd and inc with a number")
+            raise ValueError(f"rand_augment={policy!r}: {part!r} is none of m, n, p, mstd and inc with a number")
         found[match[1]] = float(match[2])
     if head != "rand" or not 0 <= found["m"] <= 10 or found["inc"] != 1:
         raise ValueError(f'rand_augment={policy!r} must be like "rand-m9-mstd0.5-inc1", with m from 0 to 10')

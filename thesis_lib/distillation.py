@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thesis_lib import perceptual
+from thesis_lib.attention.moh import balance_loss
 from thesis_lib.checkpoint import digest
 from thesis_lib.embeddings import Embeddings, image_label, training_rows
-from thesis_lib.training import Batches, fit
+from thesis_lib.training import BALANCE, Batches, fit
 
 TRAINABLE = ("mlp_norm", "all")
 
@@ -127,7 +128,7 @@ def _loss(dim: int) -> Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]:
         embedding = model.embed(images.float() / 255)  # (b, D)
         if embedding.shape[1] != dim:
             raise ValueError(f"the student's embeddings have {embedding.shape[1]} dimensions, the teacher's {dim}")
-        return perceptual.distance(embedding, target).mean()
+        return perceptual.distance(embedding, target).mean() + BALANCE * balance_loss(model)
 
     return loss
 

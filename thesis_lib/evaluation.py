@@ -91,7 +91,7 @@ def _histogram_distance(a: Tensor, b: Tensor) -> Tensor:
     return (_histograms(a) - _histograms(b)).abs().sum(1)
 
 
-# Distances that look at pixels alone, (B, 3, H, W) twice -> (B,): DreamSim's PSNR and SSIM, and colour histograms.
+# Distances that look at pixels alone, (B, 3, H, W) twice -> (B,). DreamSim's PSNR and SSIM look at 768 px.
 PIXEL_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "PSNR": _minus_psnr,
     "SSIM": _minus_ssim,

@@ -30,7 +30,8 @@ class Performer(MHA):
 
     Departures from the published codes: no eps (their 1e-6 to 1e-4 added to each feature keeps the denominator from 0
     and, where norms are large, returns the mean of the values in place of the estimate, without gradient), the sign
-    fix that makes the directions of a QR decomposition uniform, no redrawing on its own, everything between the
+    fix that makes the directions of a QR decomposition uniform, directions of length sqrt(d_h) ("sqrt": less error, a
+    small bias) where the published default draws lengths ("chi": none), no redrawing on its own, everything between the
     projections in fp32 (float64 stays), autocast or not, and no dropout on a map that is never made.
     """
 

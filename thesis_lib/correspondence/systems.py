@@ -69,7 +69,7 @@ SYSTEMS: dict[str, System] = {
         "Amir et al. 2022",
     ),
     "DINOv2 ViT-B/14": _vit(DINOV2, 11, 840, "Oquab et al. 2023"),
-    "CLIP ViT-L/14": _vit("vit_large_patch14_clip_336.openai", 11, 336, "Radford et al. 2021"),
+    "CLIP ViT-L/14": _vit("vit_large_patch14_clip_quickgelu_336.openai", 11, 336, "Radford et al. 2021"),
     "MAE ViT-L/16": _vit("vit_large_patch16_224.mae", 23, 224, "He et al. 2022"),
     "SD 1.5": System((_diffusion("SD 1.5", 5, 201, 768),), "Rombach et al. 2022"),
     "DIFT (SD 2.1)": System((_diffusion("SD 2.1", 8, 261, 768, ensemble=8),), "Tang et al. 2023"),
