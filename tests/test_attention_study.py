@@ -53,3 +53,12 @@ def test_a_finished_run_leaves_nothing_on_the_device(tmp_path, monkeypatch):
         assert model.teacher.backbone is study.teacher
     dropped = study.run("copy", RECIPE | {"mode": "copy"}, keep=False)  # from its checkpoint
     assert dropped.model is None and torch.equal(dropped.scores, first.scores)
+
+
+def test_the_average_spans_as_many_images_whatever_the_batch(tmp_path, monkeypatch):
+    data = dict.fromkeys(("train", "validation", "test"), (torch.zeros(8, 3, 16, 16, dtype=torch.uint8), np.arange(8)))
+    seen = []
+    monkeypatch.setattr(attention_study, "train_classifier", lambda *a, **k: seen.append(k["ema_decay"]) or [])
+    for batch in (4, 8):
+        Study("demo", True, 16, data, 8, batch, tmp_path, OPTIONS).run("scratch", RECIPE)
+    assert seen == pytest.approx([0.9 ** (4 / 256), 0.9 ** (8 / 256)])

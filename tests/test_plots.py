@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from thesis_lib import paths, plots, results, summary
@@ -53,7 +54,7 @@ def assert_apart(ax: plt.Axes) -> None:
     """No mixer's name covers another, and none leaves the page."""
     ax.figure.draw_without_rendering()
     texts = names_of_mixers(ax)
-    boxes = [text.get_window_extent() for text in texts]
+    boxes = [Text.get_window_extent(text) for text in texts]  # an annotation's own is with its line
     page = ax.figure.bbox
     for i, box in enumerate(boxes):
         assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, texts[i]
@@ -122,7 +123,7 @@ def test_a_crowd_at_the_ends_of_lines_is_moved_apart_whole():
     label_ends(ax, [(summary.label(m), 1.0, v, "black") for m, v in zip(summary.MIXERS, values, strict=False)])
     assert_apart(ax)
     assert len(names_of_mixers(ax)) == len(values)
-    heights = [text.get_window_extent().y0 for text in ax.texts]
+    heights = [Text.get_window_extent(text).y0 for text in ax.texts]
     assert heights == sorted(heights)
 
 

@@ -151,11 +151,12 @@ def shrink(profile):
     for given in classification["datasets"].values():
         given |= {"runs": 1, "mixers": ["standard", "hybrid"]}
         given["training"] = {"epochs": 1, "max_batches": 1, "batch_size": 4}
-    profile["10_proposed_model"]["train"] |= few | {"max_batches": 1}
+    few |= {"max_batches": 1, "mixed_precision": "no"}
+    profile["10_proposed_model"]["train"] |= few
     supervised, sampling, _ = correspondence["runs"]
     correspondence["runs"] = [
-        supervised | few | {"model": DINOV2, "tune": "lora", "loss": "mse", "max_batches": 1},
-        sampling | few | {"sampling": "grid", "loss": "cross_entropy", "max_batches": 1},
+        supervised | few | {"model": DINOV2, "tune": "lora", "loss": "mse"},
+        sampling | few | {"sampling": "grid", "loss": "cross_entropy"},
     ]
 
 

@@ -367,6 +367,15 @@ def test_evaluation_every_n_epochs_and_after_the_last():
     assert ["2afc" in row for row in rows] == [False, True, False, True, True]
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_models_are_judged_in_the_precision_they_are_trained_in(precision):
+    def evaluate(model, epoch):
+        return {"2afc": float(torch.is_autocast_enabled("cpu"))}
+
+    options = {"epochs": 1, "lr": 0.01, "evaluate": evaluate, "mixed_precision": precision, **FAST}
+    assert fit(network(), squares, epochs_of(8), **options)[0]["2afc"] == (precision == "bf16")
+
+
 def test_a_misspelt_select_stops_at_the_first_evaluation():
     with pytest.raises(ValueError, match="evaluate gives 2afc, not 'accuracy'"):
         fit(network(), squares, epochs_of(32), epochs=2, lr=0.01, evaluate=score, select="accuracy", **FAST)

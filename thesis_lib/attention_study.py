@@ -48,7 +48,8 @@ class Study:
 
     data: (pixels, labels) of "train", "validation" and "test". folder: where each run has its checkpoint.
     blr: the rate per 256 images of a step, as the published recipes give it: lr = blr * batch * processes / 256.
-    min_blr: where the schedule ends, per 256 images likewise; min_lr: the same as it is.
+    min_blr: where the schedule ends, per 256 images likewise; min_lr: the same as it is. ema_decay: per 256 images, so
+    that as many are averaged over whatever the batch.
     init: start from the teacher's encoder instead of random weights (fine-tuning).
     average: "heads", "queries", or "examples" (maps averaged over the training images, a copy's control).
     options: those of `training.fit` (device, mixed_precision, resume, seed, ...) and max_batches.
@@ -98,6 +99,8 @@ class Study:
             model.teacher.fix_maps(self._normalised(model))
         scale = self.batch_size * int(os.environ.get("WORLD_SIZE", "1")) / 256
         training = {key: recipe[key] for key in TRAINING if key in recipe}
+        if recipe.get("ema_decay"):
+            training["ema_decay"] = recipe["ema_decay"] ** scale
         if "min_blr" in recipe:
             training["min_lr"] = recipe["min_blr"] * scale
         log = train_classifier(

@@ -71,8 +71,8 @@ def _histograms(images: Tensor, bins: int = 8) -> Tensor:
     """Count the colours of (B, 3, H, W) images in [0, 1] in bins**3 cells: (B, bins**3), each row sums to 1."""
     cell = (images * bins).long().clamp(max=bins - 1)
     flat = ((cell[:, 0] * bins + cell[:, 1]) * bins + cell[:, 2]).flatten(1)  # (B, H*W)
-    counts = torch.zeros(len(images), bins**3).scatter_add_(1, flat, torch.ones(flat.shape))
-    return counts / flat.shape[1]
+    counts = torch.zeros(len(images), bins**3, device=images.device)
+    return counts.scatter_add_(1, flat, torch.ones(flat.shape, device=images.device)) / flat.shape[1]
 
 
 def _minus_psnr(a: Tensor, b: Tensor) -> Tensor:

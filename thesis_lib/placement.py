@@ -97,18 +97,21 @@ def _shared(a: Bbox, b: Bbox) -> float:
 
 
 def label_ends(ax: Axes, ends: list[tuple[str, float, float, str]]) -> None:
-    """Write (text, x, y, colour) at the right ends of lines, moved apart vertically until none overlaps the next."""
-    ends = sorted(ends, key=lambda end: end[2])
-    texts = [
-        ax.annotate(text, (x, y), (8, 0), textcoords="offset points", color=tint, fontsize=8, va="center", bbox=PAPER)
-        for text, x, y, tint in ends
-    ]
+    """Write (text, x, y, colour) at the right ends of lines, moved apart vertically until none overlaps the next.
+
+    A thin line leads from each end to its name.
+    """
+    ends, texts = sorted(ends, key=lambda end: end[2]), []
+    for text, x, y, tint in ends:
+        line = {"arrowstyle": "-", "color": tint, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
+        style = {"color": tint, "fontsize": 8, "va": "center", "bbox": PAPER, "arrowprops": line}
+        texts.append(ax.annotate(text, (x, y), (14, 0), textcoords="offset points", **style))
     for _ in range(3):  # names above the frame make the layout lower it, which moves the ends
         ax.figure.draw_without_rendering()
         point = 72 / ax.figure.dpi
         wanted = point * np.array([ax.transData.transform(end[1:3])[1] for end in ends])
         for text, shift in zip(texts, _moved_apart(wanted, point * ax.bbox.y0) - wanted, strict=True):
-            text.set_position((8, shift))
+            text.set_position((14, shift))
 
 
 def _moved_apart(wanted: np.ndarray, bottom: float, height: float = 9.5) -> np.ndarray:

@@ -127,6 +127,8 @@ def lora_tuning(rows: pd.DataFrame, triplets: pd.DataFrame) -> Table:
     share = _shares(triplets, "lora", main)
     parts += [] if share.empty else [_accuracy(share, "Recovered")]
     frame, note = _by_mixer(parts), _accuracy_note(main) + ("" if share.empty else _recovered_note(share))
+    if "teacher-lora" in set(main["stage"]):
+        note += " The teacher's LoRA lies in attention's projections: a mixer without any stays as it was."
     return _accuracy_table(frame, note, parts=_kinds(frame))
 
 
@@ -180,7 +182,8 @@ def efficiency(rows: pd.DataFrame, *, backbone: str, image_size: int) -> Table:
     best = {column: "max" if column[0] == "Images/s" else "min" for column in numeric}
     note = (
         f"{backbone} at {image_size} px, {first['dtype']} on {first['device']}; medians, 95 % "
-        "bootstrap CI. 1 MAC is one multiply-add; softmax, norms and pooling sums are not counted."
+        "bootstrap CI. 1 MAC is one multiply-add; softmax, norms and pooling sums are not counted. Here every block "
+        "computes all tokens; as a metric (see the mixer comparison, timed apart) the last has the class token alone."
     )
     return Table(frame, dict.fromkeys(numeric), best, note, parts=_kinds(frame), data=False)
 

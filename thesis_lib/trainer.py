@@ -129,7 +129,7 @@ class Trainer:
         self.judged.eval()
         values = [None]
         if self.accelerator.is_main_process:
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 values = [dict(evaluate(self.judged, epoch))]
         (found,) = broadcast_object_list(values)
         if select is not None and select not in found:

@@ -115,3 +115,10 @@ def test_the_gallery_holds_pictures_and_maps_once_a_pair(study, pairs, vit):
     assert heat.shape == (30, 40) and first["source"] == pairs.images[1].read_bytes()
     components = np.frombuffer(first["source_components"], np.float16)
     assert components.size == 3 * 64 and 0 <= components.min() and components.max() <= 1
+
+
+def test_weights_that_training_needs_are_asked_for_before_it():
+    study = Study(weights={"SD 2.1": "folder"})
+    study.require([{"model": "demo"}, {"run": "supervised"}, {"name": "a", "model": ["vit_small_patch16_224.dino"]}])
+    with pytest.raises(FileNotFoundError, match="train with SDXL-Turbo, whose weights are not here"):
+        study.require([{"model": ["demo", "SDXL-Turbo"]}])

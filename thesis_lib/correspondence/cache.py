@@ -74,7 +74,10 @@ def features(
     Raises RuntimeError if a shard is damaged or cannot be written.
     """
     extractor.eval()
-    root = Path(folder or paths.CACHE / "features") if use_cache else Path(tempfile.mkdtemp(prefix="features-"))
+    root = Path(folder or paths.CACHE / "features")
+    if not use_cache:  # beside the store, for these can be tens of gigabytes, too
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root = Path(tempfile.mkdtemp(prefix="features-", dir=root.parent))
     try:
         yield _fill(extractor, images, categories, geometry, batch_size, dtype, root, reset_cache, progress)
     finally:

@@ -81,11 +81,18 @@ def evaluate(matcher: FeatureMatcher, *, chosen: Iterable[int] | None = None) ->
     return pck.point_table(matcher.pairs, matcher, chosen=chosen)
 
 
-def sweep(pairs: Pairs, features: Features, *, alpha: float = 0.1, protocol: pck.Protocol | None = None) -> list[dict]:
+def sweep(
+    pairs: Pairs,
+    features: Features,
+    *,
+    alpha: float = 0.1,
+    protocol: pck.Protocol | None = None,
+    device: str = "cpu",
+) -> list[dict]:
     """Score every map of one extractor's pass: rows with key, layer and column (facet or time step), value, ends, n."""
     rows = []
     for key in features.keys:
-        table = evaluate(FeatureMatcher(pairs, [(features, key)], protocol=protocol))
+        table = evaluate(FeatureMatcher(pairs, [(features, key)], protocol=protocol, device=device))
         layer, _, column = key.replace("@", ".").partition(".")
         score = vars(pck.pck(table, alpha, protocol or pck.Protocol()))
         rows.append({"key": key, "layer": int(layer), "column": column or "token"} | score)

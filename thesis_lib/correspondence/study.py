@@ -1,6 +1,6 @@
 """What notebook 08 does many times over: score a system on pairs, train a student by its recipe, keep both as rows."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ RUN = {  # a recipe's settings and their defaults
     "batch_size": 16,
     "lr": 3.0e-4,
     "schedule": "cosine",
+    "mixed_precision": "no",
     "max_batches": None,
 }
 
@@ -60,6 +61,16 @@ class Study:
     weights: Mapping[str, str | Path] = field(default_factory=dict)
     folder: Path | None = None
     _fresh: set = field(default_factory=set)  # stores that this study has reset already
+
+    def require(self, recipes: Iterable[Mapping[str, Any]]) -> None:
+        """Raise FileNotFoundError where recipes or a teacher's parts name a system whose weights are not here."""
+        models = [recipe.get("model", []) for recipe in recipes]
+        named = {name for model in models for name in (model if isinstance(model, list) else [model])}
+        if absent := systems.missing(sorted(named & systems.SYSTEMS.keys()), self.weights):
+            raise FileNotFoundError(
+                f"`runs` or `teacher_parts` train with {', '.join(absent)}, whose weights are not here: put them into "
+                "the hub's cache or name their folder in `weights` (data/README.md), or take them out of both"
+            )
 
     @contextmanager
     def features(self, extractor: nn.Module, pairs: Pairs, geometry: str = "squash"):
@@ -116,7 +127,7 @@ class Study:
     def sweep(self, extractor: nn.Module, pairs: Pairs, **columns: Any) -> list[dict]:
         """Score every map of an extractor from one pass, as `evaluate.sweep`; columns are added to all rows."""
         with self.features(extractor, pairs) as maps:
-            return [row | columns for row in sweep(pairs, maps)]
+            return [row | columns for row in sweep(pairs, maps, device=self.device)]
 
     def sources(
         self, parts: str | Sequence[Mapping[str, Any]], trained: Mapping[str, Student], *, layer: int
@@ -144,7 +155,8 @@ class Study:
         """Give teacher(place): the combined map of an image, from features that are made once and kept."""
         with ExitStack() as stack:
             opened = [stack.enter_context(self.features(e, pairs)) for e in extractors]
-            yield lambda place: combine([maps.map(place, key) for maps, key in zip(opened, keys, strict=True)])
+            parts = list(zip(opened, keys, strict=True))
+            yield lambda place: combine([maps.map(place, key).to(self.device) for maps, key in parts])
 
     def train(
         self,
@@ -181,6 +193,7 @@ class Study:
             "batch_size",
             "lr",
             "schedule",
+            "mixed_precision",
             "max_batches",
         )
         log = train(

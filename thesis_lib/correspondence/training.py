@@ -152,8 +152,9 @@ def _objective(
 @torch.no_grad()
 def validate(student: Student, pairs: Pairs, chosen: Sequence[int] | None = None, *, alpha: float = 0.1) -> float:
     """Return a student's PCK per point within alpha of the box, of some pairs or of all, keeping no features."""
+    device = str(next(student.parameters()).device)
     with features(student, pairs.images, categories=pairs.categories, use_cache=False, progress=False) as maps:
-        table = evaluate(FeatureMatcher(pairs, [(maps, "student")]), chosen=chosen)
+        table = evaluate(FeatureMatcher(pairs, [(maps, "student")], device=device), chosen=chosen)
     return float(pck.correct(table, alpha, pck.Protocol()).mean())
 
 

@@ -25,7 +25,8 @@ CAPTIONS = {
     "the same over the image; patches that never halted; the image they show.",
     "adaptive_speedup": "Speed-up of removing tokens against the share of tokens computed, measured (median and middle "
     "half of the rounds) and ideal (ratio of multiply-adds).",
-    "adaptive_layers": "Tokens that each layer computes, mean over the test images.",
+    "adaptive_layers": "Tokens that each layer computes, mean over the test images, for the metric over those of the "
+    "triplets.",
 }
 MODELS = {"baseline": "ViT", "adaptive": "A-ViT", "finetuned": "Tuned"}
 ENGINES = {"dense": "dense ViT", "masked": "masked", "removing": "removing tokens"}

@@ -25,8 +25,10 @@ CAPTIONS = {
     "classification from scratch.",
     "attention_transfer_2afc": "Attention distillation beside embedding distillation: 2AFC on the test triplets.",
     "attention_transfer_published": "Attention transfer as published, ViT-L/16 on ImageNet-1k; not measured here.",
-    "attention_transfer_parts": "Accuracy against the number of transferred layers, from the first, and of heads.",
-    "attention_transfer_maps": "Where the class token looks in the last layer, mean over heads.",
+    "attention_transfer_parts": "Accuracy against the number of transferred layers, from the first, and of heads; "
+    "bars: 95\\,\\% intervals over images.",
+    "attention_transfer_maps": "Where the class token looks in the last layer, mean over heads; each map by its own "
+    "maximum.",
 }
 RUNS = {
     "scratch": "Scratch",
@@ -185,7 +187,7 @@ def transferred(rows: pd.DataFrame) -> Figure:
         ax.set_xlabel(text)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.margins(x=0.08, y=0.12)
-    axes[0].set_ylabel("top-1 (%)")
+    axes[0].set_ylabel(f"top-1 (%), n = {int(accuracies(rows, 'main')['n'].iloc[0])}")
     return figure
 
 

@@ -27,8 +27,9 @@ CAPTIONS = {
     "classification_accuracy_against_cost": "Test accuracy against multiply-adds and latency, with 95 \\% intervals.",
     "classification_scaling": "One image as it grows: multiply-adds in closed form of every mixer, latency and memory "
     "of those that were trained. Lines that coincide lie upon each other (MoH on MHA, Identity on Pool).",
-    "classification_attention": "Where the class token looks, by layer (mean over heads), and through all layers.",
-    "classification_heads": "Where the class token looks in each head of MHA.",
+    "classification_attention": "Where the class token looks, by layer (mean over heads), and through all layers; each "
+    "map by its own maximum.",
+    "classification_heads": "Where the class token looks in each head of MHA: the first picture of the maps by layer.",
     "classification_patterns": "How far and how broadly tokens look, and how alike heads are, by layer.",
 }
 SHOWN = {  # metric: heading, unit, scale

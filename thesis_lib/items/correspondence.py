@@ -29,8 +29,9 @@ CAPTIONS = {
     "correspondence_factors": "PCK by viewpoint, scale, truncation and occlusion.",
     "correspondence_published": "Quoted numbers on SPair-71k; they were not measured here.",
     "correspondence_layers": "PCK on the validation pairs by layer and facet, or time step.",
-    "correspondence_knowledge": "Semantic over spatial knowledge. Hollow: as published or swapped; with the same mark, "
-    "half full: tuned by LoRA on votes, full: distilled from one token; crosses: trained for correspondence.",
+    "correspondence_knowledge": "Semantic over spatial knowledge; bars: 95\\,\\% intervals over pairs. Hollow: as "
+    "published or swapped; with the same mark, half full: tuned by LoRA on votes, full: distilled from one token; "
+    "crosses: trained for correspondence.",
     "correspondence_distances": "Distance of the match from the truth, in sides of the box: median, middle half, and "
     "whiskers from the 5th to the 95th percentile.",
     "correspondence_matches": "Key-points of the source and where each model finds them; a line leads to the truth.",
@@ -175,7 +176,7 @@ def layers_figure(rows: pd.DataFrame) -> Figure:
         wide.index = wide.index.astype(int)
         sns.heatmap(100 * wide.astype(float), annot=True, fmt=".1f", cmap="viridis", ax=ax, cbar=False,
                     annot_kws={"fontsize": 7.5}, linewidths=0.5)  # fmt: skip
-        ax.set(title=f"{model}: PCK@{ALPHA:g} on val (%)", xlabel="", ylabel="layer")
+        ax.set(title=f"{model}: PCK@{ALPHA:g} on val (%), n = {int(one['n'].max())}", xlabel="", ylabel="layer")
         ax.tick_params(length=0, rotation=0)
         ax.grid(visible=False)
     return figure
@@ -203,7 +204,10 @@ def knowledge_figure(rows: pd.DataFrame) -> Figure:
         else:
             points.append((_short(model), x, y, tint))
         spans.append((x, low, high))
-    ax.set(xlabel="PCK on layout: where parts were (%)", ylabel="PCK on moved: what parts are (%)")
+    pairs = (int(table["n"].max()) for table in (where, what))
+    heads = ("PCK on layout: where parts were (%)", "PCK on moved: what parts are (%)")
+    (across, up) = (f"{head}, n = {n}" for head, n in zip(heads, pairs, strict=True))
+    ax.set(xlabel=across, ylabel=up)
     ax.margins(0.12)
     label_points(ax, points, spans=spans)
     return figure

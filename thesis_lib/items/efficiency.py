@@ -26,9 +26,10 @@ CAPTIONS = {
     "efficiency_modes": "The same models compiled, in other number formats, and with the attention kernel pinned.",
     "efficiency_hardware": "Latency, and how many times less than MHA's, on each machine that was measured.",
     "predicted_against_measured": "Time predicted from the machine's ceilings against time measured.",
-    "time_terms": "Time of one image over MHA's predicted one, at the fewest and the most tokens: predicted by term "
-    "(bars) and measured (dots).",
-    "crossing_points": "Tokens from which a mixer costs less than MHA; hollow arrows: not up to the largest size; "
+    "time_terms": "Time of one image over MHA's measured one, at the fewest and the most tokens (the axes differ): "
+    "predicted by term (bars) and measured (dots).",
+    "crossing_points": "Tokens from which a mixer costs less than MHA; hollow arrows: not up to that size, "
+    "the largest tried; "
     "$\\le$: already at the smallest; bars: 95\\,\\% intervals, an arrow where one has no end.",
 }
 VARIANT = ("dtype", "mode", "sdpa_pinned")
@@ -255,6 +256,6 @@ def numbers(predicted: pd.DataFrame, crossed: pd.DataFrame) -> dict[str, str]:
     error, rank = agreement(predicted)
     found = {"CostModelError": f"{100 * error:.0f}", "CostModelSpearman": f"{rank:.3f}"}
     for (name, mixer), part in by_mixer(crossed):
-        for row in part.to_dict("records"):
-            found[macro(name.split("_patch")[0], mixer, "crossing", row["stage"])] = _text(pd.Series(row))
+        for stage, own in part.groupby("stage", sort=False):
+            found[macro(name.split(".")[0], mixer, "crossing", stage)] = _text(own.iloc[0])  # the first number format
     return found | {"CostModelConfigurations": str(int(predicted["measured"].notna().sum()))}

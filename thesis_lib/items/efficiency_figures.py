@@ -59,12 +59,12 @@ def predicted_against_measured(predicted: pd.DataFrame, *, ax: Axes | None = Non
 def _log(set_scale: Callable[[str], None], axis: Axis) -> None:
     set_scale("log")
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1000 else f"{value / 1000:g}k"))
     axis.set_minor_locator(LogLocator(subs=()))
 
 
 def terms(predicted: pd.DataFrame) -> Figure:
-    """Draw each mixer's predicted time by term, and the measured one, over MHA's predicted: fewest and most tokens."""
+    """Draw each mixer's predicted time by term, and the measured one, over MHA's measured: fewest and most tokens."""
     both = predicted[(predicted["batch"] == 1) & predicted["measured"].notna()]
     both = both[(both["backbone"] == both["backbone"].iloc[0]) & (both["dtype"] == both["dtype"].iloc[0])]
     sizes = sorted({both["tokens"].min(), both["tokens"].max()})
@@ -76,13 +76,13 @@ def terms(predicted: pd.DataFrame) -> Figure:
         shown, left = [m for m in mixers if m in part.index], 0.0
         y = [mixers.index(m) for m in shown]
         for term, name in TERMS.items():
-            width = (part[term] / part.loc["mha", "value"])[shown].to_numpy(float)
+            width = (part[term] / part.loc["mha", "measured"])[shown].to_numpy(float)
             ax.barh(y, width, 0.7, left=left, color=TINTS[term], label=name)
             left = left + width
-        measured = (part["measured"] / part.loc["mha", "value"])[shown].to_numpy(float)
+        measured = (part["measured"] / part.loc["mha", "measured"])[shown].to_numpy(float)
         ax.plot(measured, y, "o", color="black", markersize=3.5, label="measured", zorder=4)
         ax.axvline(1, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-        ax.set(title=f"{int(tokens)} tokens", xlabel="time, MHA's predicted = 1")
+        ax.set(title=f"{int(tokens)} tokens", xlabel="time over MHA's measured")
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(mixers)), [label(m) for m in mixers])
     axes[0, 0].invert_yaxis()
@@ -92,25 +92,24 @@ def terms(predicted: pd.DataFrame) -> Figure:
 
 
 def crossing_points(crossed: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw N* of every mixer of the first backbone, three ways; an arrow points beyond the sizes that were tried."""
+    """Draw N* of every mixer of the first backbone, three ways; an arrow points beyond the largest size tried."""
     keys = list(by_mixer(crossed))
     name = keys[0][0][0]
     keys = [(mixer, part) for (backbone, mixer), part in keys if backbone == name]
     ax = ax or plt.subplots(figsize=(TEXTWIDTH, 0.9 + 0.26 * len(keys)))[1]
-    timed = crossed[(crossed["backbone"] == name) & (crossed["stage"] != "analytic")]
-    right = 1.5 * float(timed["largest"].max())
     for y, (mixer, part) in enumerate(keys):
-        for row in part.itertuples():
+        for row in part.drop_duplicates("stage").itertuples():  # of the first number format
             at = y + 0.24 * (list(STAGES).index(row.stage) - 1)
             style = {"color": colour(mixer), "marker": SHAPES[row.stage], "markersize": 6, "linestyle": "none"}
-            if pd.isna(row.value) or row.value > right:
-                ax.plot([right], [at], **style | {"marker": ">", "markerfacecolor": "white", "markersize": 4})
+            beyond = 1.15 * float(row.largest)
+            if pd.isna(row.value):
+                ax.plot([beyond], [at], **style | {"marker": ">", "markerfacecolor": "white", "markersize": 4})
                 continue
-            ends = [row.value if pd.isna(row.low) else row.low, right if pd.isna(row.high) else row.high]
+            ends = [row.value if pd.isna(row.low) else row.low, beyond if pd.isna(row.high) else row.high]
             if row.stage == "measured":
                 ax.plot(ends, [at, at], color=colour(mixer), linewidth=1)
                 if pd.isna(row.high):
-                    ax.plot([right], [at], color=colour(mixer), marker=">", markersize=3)
+                    ax.plot([beyond], [at], color=colour(mixer), marker=">", markersize=3)
             ax.plot([row.value], [at], **style)
             if row.stage != "analytic" and row.value <= row.smallest:  # already there
                 text = {"textcoords": "offset points", "fontsize": 7, "ha": "right", "va": "center"}

@@ -16,9 +16,10 @@ CAPTIONS = {
     "proposed_sensitivity": "What one changed layer does to the tuned teacher, without training: how far the embedding "
     "moves, and what it costs in 2AFC on val.",
     "proposed_front": "Left: all plans that no other beats in predicted time and harm, and those distilled. Right: the "
-    "candidates as measured; the ring is the proposed model, the dashed line the least 2AFC that the rule allows.",
+    "candidates as measured (bars: 95\\,\\% intervals); the ring is the proposed model, the dashed line the least 2AFC "
+    "that the rule allows.",
     "proposed_steps": "From DreamSim's ensemble to the recipe of the proposed model, one change after the other, at "
-    "224 px with random weights, timed in turn.",
+    "224 px with random weights, timed in turn; bars: 95\\,\\% intervals.",
 }
 # 2AFC on NIGHTS in percent (val, test), as their authors give them. Another data set than the demo's.
 PUBLISHED = {
@@ -87,7 +88,7 @@ def candidates(rows: pd.DataFrame) -> Table:
         f"{int(first['threads'])} threads, {', '.join(formats)}; "
         f"n = {int(one(own, metric='2afc')['n'])} val triplets, 95 % bootstrap CI. "
         f"ms an image at batch {int(first['batch'])}, timed in turn. Plans name the blocks: M MHA, S SRA, P Pool, "
-        "I Identity, - dropped, / grid halved."
+        "I Identity, - dropped, / grid halved. The last block computes the class token alone, but where tokens merge."
     )
     digits = {("2AFC on val", "%"): 1} | {("Cost", name): None for name in ("MMAC", "M params", "ms", "× teacher")}
     return Table(frame, digits, {("2AFC on val", "%"): "max", ("Cost", "ms"): "min"}, note)

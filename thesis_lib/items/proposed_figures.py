@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter
 
 from thesis_lib.latex import significant
 from thesis_lib.placement import label_points
-from thesis_lib.plots import CHOSEN, QUIET, RING, TEXTWIDTH, colour
+from thesis_lib.plots import QUIET, RING, TEXTWIDTH, colour
 from thesis_lib.summary import label, ordered
 
 NOTEBOOK = "10_proposed_model"
@@ -17,6 +17,7 @@ NAMES = {"teacher": "Teacher (MHA, tuned)", "ToMe": "Teacher, tokens merged", "e
 ACTIONS = {"drop": "Dropped", "halve": "Grid halved"}
 STEPS = {"depth": "fewer blocks", "class token only": "last block for the class token alone"}
 SHORT = {"vit_small_patch16_224.dino": "ViT-S/16", "vit_base_patch16_224.dino": "ViT-B/16", "demo": "demo backbone"}
+PLAN = "#6B4423"  # plans of several mixers have none of their colours
 FORMATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -76,7 +77,7 @@ def front(rows: pd.DataFrame) -> Figure:
     """Draw the predicted front with the plans taken from it, and the candidates as measured with the rule's line."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(TEXTWIDTH, 3.4), width_ratios=(0.34, 0.66))
     for stage, style in (("front", {"color": QUIET, "marker": ".", "markersize": 3, "linewidth": 0.8}),
-                         ("budget", {"color": CHOSEN, "marker": "o", "linestyle": "none"})):  # fmt: skip
+                         ("budget", {"color": PLAN, "marker": "o", "linestyle": "none"})):  # fmt: skip
         part = of(rows, stage=stage).pivot_table(index="model", columns="metric", values="value")
         part = part.sort_values("predicted_time")
         left.plot(part["predicted_time"], part["predicted_loss"], **style)
@@ -88,7 +89,7 @@ def front(rows: pd.DataFrame) -> Figure:
     points, spans, plans = [], [], set(of(rows, stage="budget")["model"])
     for key, row in scores.iterrows():
         x, y = times.loc[key, "value"] / times.loc[key, "batch"], 100 * row["value"]
-        tint = colour("mha") if key[0] == "teacher" else CHOSEN if key[0] in plans else colour(key[0].split("-")[0])
+        tint = colour("mha") if key[0] == "teacher" else PLAN if key[0] in plans else colour(key[0].split("-")[0])
         right.errorbar(
             [x], [y], [[y - 100 * row["low"]], [100 * row["high"] - y]], fmt="none", ecolor=tint, elinewidth=0.8
         )
@@ -107,32 +108,36 @@ def front(rows: pd.DataFrame) -> Figure:
     right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     right.minorticks_off()
     right.margins(x=0.2, y=0.15)
-    right.set(xlabel=f"measured time an image at batch {int(times['batch'].iloc[0])} (ms)", ylabel="2AFC on val (%)")
+    judged = f"2AFC on val (%), n = {int(scores['n'].iloc[0])}"
+    right.set(xlabel=f"measured time an image at batch {int(times['batch'].iloc[0])} (ms)", ylabel=judged)
     label_points(right, points, spans=spans)
     return figure
 
 
 def steps(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Draw how many times faster than the ensemble each step is, in every number format, downwards."""
+    """Draw how many times as fast as the ensemble each step is, in every number format, downwards, with intervals."""
     found = of(rows, stage="steps", metric="speedup")
     models, formats = list(found["model"].unique()), [d for d in FORMATS if d in set(found["dtype"])]
     ax = ax or plt.subplots(figsize=(TEXTWIDTH, 0.7 + 0.2 * len(models) * len(formats)))[1]
     height = 0.8 / len(formats)
     for i, dtype in enumerate(formats):
-        part = found[found["dtype"] == dtype].set_index("model")["value"].reindex(models)
+        part = found[found["dtype"] == dtype].set_index("model")[["value", "low", "high"]].reindex(models).astype(float)
         y = np.arange(len(models)) + height * (i - (len(formats) - 1) / 2)
-        ax.barh(y, part, 0.9 * height, left=0, color=(CHOSEN, colour("pool"), QUIET)[i], label=FORMATS[dtype])
-        for place, value in zip(y, part, strict=True):
+        ends = part.fillna({"low": part["value"], "high": part["value"]})
+        bars = [part["value"] - ends["low"], ends["high"] - part["value"]]
+        style = {"fmt": "o", "color": (PLAN, colour("pool"), QUIET)[i], "markersize": 4, "elinewidth": 1}
+        ax.errorbar(part["value"], y, xerr=bars, **style, label=FORMATS[dtype])
+        for place, value, high in zip(y, part["value"], ends["high"], strict=True):
             text = f"{significant(value, 2 if value < 100 else 3)}×"
-            ax.annotate(text, (value, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
+            ax.annotate(text, (high, place), (5, 0), textcoords="offset points", va="center", fontsize=7)
     ax.set_yticks(range(len(models)), [_step(model) for model in models])
     ax.set_ylim(len(models) - 0.5, -0.5)
     ax.set_xscale("log")
-    ax.set_xlim(0.9, 1.6 * found["value"].max())
+    ax.set_xlim(0.8, 1.6 * found["value"].max())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("times faster than the ensemble in the same number format", loc="right")
+    ax.set_xlabel("times as fast as the ensemble in the same number format", loc="right")
     if len(formats) > 1:
         ax.legend(loc="upper right")
     return ax
