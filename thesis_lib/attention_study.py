@@ -1,4 +1,4 @@
-"""The comparison of attention transfer: every run on the same data, teacher, size and schedule of the same loop."""
+"""The runs of notebook 05: every student learns from the same images in the same order, beside the same teacher."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence

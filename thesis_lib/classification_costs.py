@@ -1,4 +1,4 @@
-"""What a classifier costs: operations, memory of use and of training, time, and how they grow with the image."""
+"""What a classifier costs: operations, memory in use and in training, time, and how they grow with the image."""
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence

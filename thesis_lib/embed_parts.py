@@ -1,4 +1,4 @@
-"""The finished parts of `thesis_lib.embed`, and how they are joined: whatever interrupts it, what is there is whole."""
+"""The finished parts of `thesis_lib.embed`, and how they are joined: an interruption never leaves half a part."""
 
 import json
 import os

@@ -1,4 +1,8 @@
-"""Perceptual similarity as DreamSim defines it: embedding, distance, 2AFC score, hinge loss, and the metric itself."""
+"""Perceptual similarity as DreamSim defines it: embedding, distance, 2AFC score, hinge loss, and the metric itself.
+
+    metric, preprocess = load("mha")  # or a folder that `save` wrote
+    metric(preprocess(one), preprocess(other))  # PIL images -> (1,), lower is more alike
+"""
 
 import json
 from collections.abc import Callable, Sequence

@@ -1,6 +1,7 @@
 """Token mixers that replace the attention of a pretrained ViT, one idea a file, found by name in `MIXERS`.
 
-A new mixer is one new module in this folder with one subclass of `Mixer`; nothing else has to know of it.
+A new mixer is one new module in this folder with one subclass of `Mixer`: the registry finds it. Its colour and marker
+in the figures, and the kind that tables group it by, stand in `plots` and `summary`.
 """
 
 import importlib
