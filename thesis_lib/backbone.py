@@ -1,6 +1,6 @@
 """A timm Vision Transformer with any mixer in any of its blocks, and the weights it starts from.
 
-    model = create("vit_base_patch16_224.dino", mixer="sra", layers=[0, 1, 2], ratio=2)
+model = create("vit_base_patch16_224.dino", mixer="sra", layers=[0, 1, 2], ratio=2)
 """
 
 import difflib

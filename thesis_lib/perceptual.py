@@ -1,7 +1,7 @@
 """Perceptual similarity as DreamSim defines it: embedding, distance, 2AFC score, hinge loss, and the metric itself.
 
-    metric, preprocess = load("mha")  # or a folder that `save` wrote
-    metric(preprocess(one), preprocess(other))  # PIL images -> (1,), lower is more alike
+metric, preprocess = load("mha")  # or a folder that `save` wrote
+metric(preprocess(one), preprocess(other))  # PIL images -> (1,), lower is more alike
 """
 
 import json

@@ -3,6 +3,8 @@
 PCK@0.1 of the box, over points, border counted, unless a table says otherwise; its interval draws pairs.
 """
 
+import re
+
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
@@ -135,7 +137,9 @@ def training_table(rows: pd.DataFrame) -> Table:
         kept.append(best)
     splits = _splits(rows)
     parts, note = [_percent(scores(rows, split=s), models, n) for s, n in splits], _note(rows, POINTS, splits)
-    return _table(parts, [("Model", models), ("Epoch", kept)], note + " The epoch was chosen on val.")
+    return _table(
+        parts, [("Model", [_short(model) for model in models]), ("Epoch", kept)], note + " The epoch was chosen on val."
+    )
 
 
 def evaluators_table(rows: pd.DataFrame) -> Table:
@@ -214,8 +218,9 @@ def knowledge_figure(rows: pd.DataFrame) -> Figure:
 
 
 def _short(model: str) -> str:
-    """Name a model as figures and narrow tables do: "mha, zero-shot" is MHA, "sra, lora" is SRA LoRA."""
-    mixer, _, stage = model.replace("lora", "LoRA").partition(", ")
+    """Name a model as figures and narrow tables do: "mha, zero-shot" is MHA, "sra, lora" is SRA LoRA, timm's name a ViT."""
+    model = re.sub(r"vit_(\w)\w+?_patch(\d+)[\w.]*", lambda found: f"ViT-{found[1].upper()}/{found[2]}", model)
+    mixer, _, stage = model.replace("cross_entropy", "CE").replace("lora", "LoRA").partition(", ")
     return f"{label(mixer)}{'' if stage == 'zero-shot' else f' {stage}'}" if stage else mixer
 
 
