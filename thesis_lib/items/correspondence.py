@@ -137,9 +137,8 @@ def training_table(rows: pd.DataFrame) -> Table:
         kept.append(best)
     splits = _splits(rows)
     parts, note = [_percent(scores(rows, split=s), models, n) for s, n in splits], _note(rows, POINTS, splits)
-    return _table(
-        parts, [("Model", [_short(model) for model in models]), ("Epoch", kept)], note + " The epoch was chosen on val."
-    )
+    names = [_short(model) for model in models]
+    return _table(parts, [("Model", names), ("Epoch", kept)], note + " The epoch was chosen on val.")
 
 
 def evaluators_table(rows: pd.DataFrame) -> Table:
@@ -218,7 +217,7 @@ def knowledge_figure(rows: pd.DataFrame) -> Figure:
 
 
 def _short(model: str) -> str:
-    """Name a model as figures and narrow tables do: "mha, zero-shot" is MHA, "sra, lora" is SRA LoRA, timm's name a ViT."""
+    """Name a model as figures and narrow tables do: "mha, zero-shot" is MHA, "sra, lora" SRA LoRA, timm's name ViT-B/14."""
     model = re.sub(r"vit_(\w)\w+?_patch(\d+)[\w.]*", lambda found: f"ViT-{found[1].upper()}/{found[2]}", model)
     mixer, _, stage = model.replace("cross_entropy", "CE").replace("lora", "LoRA").partition(", ")
     return f"{label(mixer)}{'' if stage == 'zero-shot' else f' {stage}'}" if stage else mixer
