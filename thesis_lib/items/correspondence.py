@@ -217,7 +217,7 @@ def knowledge_figure(rows: pd.DataFrame) -> Figure:
 
 
 def _short(model: str) -> str:
-    """Name a model as figures and narrow tables do: "mha, zero-shot" is MHA, "sra, lora" SRA LoRA, timm's name ViT-B/14."""
+    """Name a model as figures do: "mha, zero-shot" is MHA, "sra, lora" is SRA LoRA, timm's names are ViT-B/14."""
     model = re.sub(r"vit_(\w)\w+?_patch(\d+)[\w.]*", lambda found: f"ViT-{found[1].upper()}/{found[2]}", model)
     mixer, _, stage = model.replace("cross_entropy", "CE").replace("lora", "LoRA").partition(", ")
     return f"{label(mixer)}{'' if stage == 'zero-shot' else f' {stage}'}" if stage else mixer
