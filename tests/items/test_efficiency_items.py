@@ -81,7 +81,7 @@ def made(tmp_path, monkeypatch):
 def test_make_gives_every_item_with_its_caption(made):
     tables, figures, numbers = items.make("demo")
     assert set(tables) == {"cost_model", "crossings", "efficiency_protocol", "efficiency_modes"}
-    assert set(tables) | set(figures) | {"efficiency_hardware"} == set(items.CAPTIONS)
+    assert set(tables) | set(figures) | {"efficiency_hardware", *items.MODES} == set(items.CAPTIONS)
     assert all(r"\begin{tabular}" in table.latex("test") for table in tables.values())
     latex.write_numbers(numbers, made / "numbers.tex", source="test")
     assert numbers["CostModelError"] == "0" and numbers["CostModelConfigurations"] == "12"
@@ -139,6 +139,14 @@ def test_variants_stand_beside_the_plain_model_and_refusals_say_why():
     assert list(frame.index) == ["float32, eager", "float32, compiled", "float32, eager, math pinned", "float16, eager"]
     assert frame["ms"].tolist()[:3] == [4.0, 3.0, 5.0] and frame.loc["float16, eager", "note"] == "out of memory"
     assert frame.loc["float32, eager, math pinned", "kernel"] == "math"
+
+
+def test_a_table_longer_than_a_page_is_parted_by_mixers():
+    frame = pd.DataFrame({"Mixer": np.repeat(["MHA", "SRA", "Pool"], 4), "ms": range(12)})
+    parts = [part.frame for part in items.pages(latex.Table(frame), rows=9)]
+    assert [part["Mixer"].unique().tolist() for part in parts] == [["MHA", "SRA"], ["Pool"]]
+    assert pd.concat(parts, ignore_index=True).equals(frame) and parts[1].index.tolist() == [0, 1, 2, 3]
+    assert len(list(items.pages(latex.Table(frame), rows=2))) == 3  # a mixer's rows stay together
 
 
 def test_rows_of_other_machines_stand_beside_and_are_named(made, monkeypatch):

@@ -1,5 +1,8 @@
 """Tables, figures and numbers of the efficiency study, from the rows of notebook 03 alone."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -18,12 +21,13 @@ from thesis_lib.latex import INTERVAL, Table, macro
 from thesis_lib.summary import label, ordered
 
 NOTEBOOK = "03_efficiency_analysis"
+MODES = ["efficiency_modes", *(f"efficiency_modes_{page}" for page in range(2, 12))]
 CAPTIONS = {
     "cost_model": "The cost model: error of the predicted time, shares of it by term, and the term that most keeps a "
     "mixer's time above what its multiply-adds promise.",
     "crossings": "Tokens from which a mixer costs less than MHA: in multiply-adds, predicted and measured time.",
     "efficiency_protocol": "Time, spread, training and the share of the machine's matrix rate that each model reaches.",
-    "efficiency_modes": "The same models compiled, in other number formats, and with the attention kernel pinned.",
+    **dict.fromkeys(MODES, "The same models compiled, in other number formats, and with the attention kernel pinned."),
     "efficiency_hardware": "Latency, and how many times less than MHA's, on each machine that was measured.",
     "predicted_against_measured": "Time predicted from the machine's ceilings against time measured.",
     "time_terms": "Time of one image over MHA's measured one, at the fewest and the most tokens (the axes differ): "
@@ -42,7 +46,8 @@ def make(profile: str) -> tuple[dict[str, Table], dict[str, Figure], dict[str, s
     tables = {"cost_model": cost_model(predicted), "crossings": crossings(crossed)}
     tables["efficiency_protocol"] = protocol(rows)
     try:
-        tables["efficiency_modes"] = variants(rows, results.read(f"{NOTEBOOK}.modes", profile=profile))
+        modes = results.read(f"{NOTEBOOK}.modes", profile=profile)
+        tables |= dict(zip(MODES, pages(variants(rows, modes)), strict=False))
     except FileNotFoundError:
         pass  # no variants were asked for
     machines = hardware(profile)
@@ -215,6 +220,15 @@ def variants(rows: pd.DataFrame, modes: pd.DataFrame) -> Table:
     numeric = {"ms": None, "images/s": None, "batch": 0, "compile (s)": None}
     digits = {name: places for name, places in numeric.items() if name in frame}
     return Table(frame, digits, {}, note, "Mixer", data=False)
+
+
+def pages(table: Table, *, rows: int = 44) -> Iterator[Table]:
+    """Part a table by mixers into some that fit a page."""
+    mixers = table.frame["Mixer"]
+    names = list(dict.fromkeys(mixers))
+    step = max(1, rows // mixers.value_counts().max())
+    for start in range(0, len(names), step):
+        yield replace(table, frame=table.frame[mixers.isin(names[start : start + step])].reset_index(drop=True))
 
 
 def _variant(row: pd.Series) -> str:
