@@ -86,8 +86,8 @@ def test_verdicts_are_those_of_the_metric(explorer):
         d_left, d_right = metric(ref, left).item(), metric(ref, right).item()
     row = next(part for part in explorer.verdict.value.split("<tr>") if ">student<" in part)
     assert f">{d_left:.4f}<" in row and f">{d_right:.4f}<" in row
-    assert ("✓ agrees" in row) == (d_left < d_right)  # people chose left in the first triplet
-    assert "left: 8 of 8 people" in explorer.pictures.value
+    assert ("✓ agrees" in row) == (d_left < d_right)  # the judges chose left in the first triplet
+    assert "left: 8 of 8 votes" in explorer.pictures.value
 
 
 def test_models_are_the_mixers_and_what_was_saved_and_can_be_hidden(explorer):

@@ -1,4 +1,4 @@
-"""Browse triplets in JupyterLab: what people chose, what each model says about it, and where the model looks.
+"""Browse triplets in JupyterLab: what the judges chose, what each model says about it, and where the model looks.
 
 from thesis_lib.explorer import Explorer
 Explorer("demo")
@@ -202,7 +202,7 @@ class Explorer:
         for role in ORDER:
             share = {0: None, 1: 1 - self.vote, 2: self.vote}[role]
             chosen = share is not None and share > 0.5
-            text = ROLES[role] if share is None else f"{ROLES[role]}: {round(share * votes)} of {votes} people"
+            text = ROLES[role] if share is None else f"{ROLES[role]}: {round(share * votes)} of {votes} votes"
             tags.append(
                 picture_tag(self.images[role], ROLES[role], frame=CHOSEN if chosen else "transparent", caption=text)
             )
@@ -226,7 +226,7 @@ class Explorer:
             cells = (toggle.description, f"{max(d_left.item(), 0):.4f}", f"{max(d_right.item(), 0):.4f}", choice)
             row = "".join(f"<td style='padding: 2px 14px 2px 0'>{cell}</td>" for cell in cells)
             rows.append(f"<tr>{row}<td style='color: {tint}; font-weight: bold'>{mark}</td></tr>")
-        heads = ("Model", "distance to left", "distance to right", "nearer", "with people")
+        heads = ("Model", "distance to left", "distance to right", "nearer", "with the judges")
         head = "".join(f"<th style='text-align: left; padding-right: 14px'>{name}</th>" for name in heads)
         self.verdict.value = f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 

@@ -272,10 +272,10 @@ def latency_against_tokens(
 
 
 def triplet_gallery(data: pd.DataFrame, *, columns: int = 2) -> Figure:
-    """Draw triplets as left, reference, right; the picture that people judged closer is framed, with its votes.
+    """Draw triplets as left, reference, right; the picture judged closer is framed, with its votes.
 
     `data` holds the encoded pictures (PNG bytes) in columns ref, left and right, right_vote (the share of votes for
-    right) and votes (how many people answered).
+    right) and votes (how many judges answered).
     """
     rows = -(-len(data) // columns)
     side = (TEXTWIDTH - 0.25 * (columns - 1)) / (3 * columns)

@@ -44,7 +44,7 @@ def headline(rows: pd.DataFrame) -> str:
     table = cells.pivot_table("text", "mixer", "stage", aggfunc="first", sort=False, fill_value="")
     table = table[[stage for stage in summary.STAGES if stage in table]].rename_axis(index=None, columns=None)
     counts = " or ".join(str(int(n)) for n in sorted(scores["n"].unique()))
-    return f"Agreement with people (2AFC), {counts} test triplets, 95 % intervals\n{table.to_string()}"
+    return f"Agreement with the judges (2AFC), {counts} test triplets, 95 % intervals\n{table.to_string()}"
 
 
 def minutes(seconds: float) -> str:
