@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,9 +45,9 @@ def house(tmp_path):
     return tmp_path
 
 
-def start(house):
+def start(house, *options):
     environment = {name: value for name, value in os.environ.items() if name not in ("THESIS_DATA", "THESIS_FIGURES")}
-    call = [sys.executable, "-m", "thesis_lib.pipeline"]
+    call = [sys.executable, "-m", "thesis_lib.pipeline", *options]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(call, cwd=house, env=environment | {"PYTHONPATH": str(house)}, **pipe)
 
@@ -54,6 +55,17 @@ def start(house):
 def finish(process):
     output, _ = process.communicate(timeout=120)
     return process.returncode, output
+
+
+@pytest.mark.parametrize(("device", "first"), [("cpu", "05"), ("cuda", "02")])
+def test_the_core_study_comes_first_where_a_gpu_is_shared(house, device, first):
+    for name in ("05_attention_transfer", "07_image_classification"):
+        shutil.copy(house / "notebooks/02_attention_evaluation.ipynb", house / f"notebooks/{name}.ipynb")
+    (house / "profiles" / "demo.yaml").write_text(f"05_attention_transfer: {{device: {device}}}\n")
+    code, output = finish(start(house, "-n"))
+    assert code == 0, output
+    found = re.findall(r"output: data/results/demo/(\d\d)_(?:(?!\nrule).)*?priority: (\d+)", output, re.DOTALL)
+    assert len(found) > 1 and max(found, key=lambda job: int(job[1]))[0] == first, output
 
 
 def test_an_interrupted_run_is_resumed_without_doing_again_what_had_finished(house):
