@@ -4,6 +4,7 @@ Every function takes rows as `thesis_lib.results.read` returns them: long-form r
 protocol), or a triplet table (id, split, mixer, stage, score).
 """
 
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -47,6 +48,11 @@ def ordered(mixers: Iterable[str]) -> list[str]:
     """Return the distinct mixers in the order of every table; unknown ones come last, by name."""
     known = list(MIXERS)
     return sorted(set(mixers), key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def vit_names(text: str) -> str:
+    """Write timm's names of Vision Transformers within a text as papers do: vit_base_patch16_224.dino as ViT-B/16."""
+    return re.sub(r"vit_(\w)\w+?_patch(\d+)[\w.]*", lambda found: f"ViT-{found[1].upper()}/{found[2]}", text)
 
 
 def label(mixer: str) -> str:

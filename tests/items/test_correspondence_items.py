@@ -170,3 +170,9 @@ def test_without_rows_the_notebook_is_named(tmp_path, monkeypatch):
         items.make("t")
     with pytest.raises(ValueError, match="run notebook 08"):
         items.scores(made_rows(), split="none")
+
+
+def test_long_names_of_students_are_short_in_figures():
+    run = "supervised-vit_base_patch14_reg4_dinov2.lvd142m-upsampler-cross_entropy"
+    assert items._short(run) == "supervised-ViT-B/14-upsampler-CE"
+    assert [items._short(name) for name in ("mha, zero-shot", "sra, lora", "teacher")] == ["MHA", "SRA LoRA", "teacher"]

@@ -3,8 +3,6 @@
 PCK@0.1 of the box, over points, border counted, unless a table says otherwise; its interval draws pairs.
 """
 
-import re
-
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
@@ -14,7 +12,7 @@ from thesis_lib import plots, results
 from thesis_lib.items.correspondence_galleries import failures, features, matches
 from thesis_lib.latex import INTERVAL, Table, interval, macro, percentage
 from thesis_lib.placement import label_points
-from thesis_lib.summary import MIXERS, label
+from thesis_lib.summary import MIXERS, label, vit_names
 
 NOTEBOOK = "08_semantic_correspondence"
 ALPHA, EVALUATOR = 0.1, "DIFT per point"
@@ -218,8 +216,7 @@ def knowledge_figure(rows: pd.DataFrame) -> Figure:
 
 def _short(model: str) -> str:
     """Name a model as figures do: "mha, zero-shot" is MHA, "sra, lora" is SRA LoRA, timm's names are ViT-B/14."""
-    model = re.sub(r"vit_(\w)\w+?_patch(\d+)[\w.]*", lambda found: f"ViT-{found[1].upper()}/{found[2]}", model)
-    mixer, _, stage = model.replace("cross_entropy", "CE").replace("lora", "LoRA").partition(", ")
+    mixer, _, stage = vit_names(model).replace("cross_entropy", "CE").replace("lora", "LoRA").partition(", ")
     return f"{label(mixer)}{'' if stage == 'zero-shot' else f' {stage}'}" if stage else mixer
 
 

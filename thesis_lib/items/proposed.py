@@ -5,8 +5,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from thesis_lib import results
-from thesis_lib.items.proposed_figures import FORMATS, NOTEBOOK, SHORT, front, name_of, of, one, sensitivity, steps
+from thesis_lib.items.proposed_figures import FORMATS, NOTEBOOK, front, name_of, of, one, sensitivity, steps
 from thesis_lib.latex import INTERVAL, Table, interval, macro, p_text, percentage, significant
+from thesis_lib.summary import vit_names
 
 CAPTIONS = {
     "proposed_candidates": "The candidates: 2AFC on val, cost, and time in turn. The rule takes the fastest of the "
@@ -83,8 +84,9 @@ def candidates(rows: pd.DataFrame) -> Table:
     formats = frame["", "Format"].unique()
     if len(formats) == 1:
         frame = frame.drop(columns=[("", "Format")])
+    whose = "demo backbone" if first["backbone"] == "demo" else vit_names(first["backbone"])
     note = (
-        f"{SHORT.get(first['backbone'], first['backbone'])} at {int(first['image_size'])} px on {first['device']}, "
+        f"{whose} at {int(first['image_size'])} px on {first['device']}, "
         f"{int(first['threads'])} threads, {', '.join(formats)}; "
         f"n = {int(one(own, metric='2afc')['n'])} val triplets, 95 % bootstrap CI. "
         f"ms an image at batch {int(first['batch'])}, timed in turn. Plans name the blocks: M MHA, S SRA, P Pool, "
@@ -105,7 +107,7 @@ def field(rows: pd.DataFrame, pixels: pd.DataFrame) -> Table:
     last = {vit: step for vit, step in (model.split(": ") for model in scale["model"].unique() if ": " in model)}
     places = [("Own scale", own, model, name_of(model)) for model in own["model"].unique()]
     places[[place[2] for place in places].index("proposed")] = ("Own scale", own, "proposed", "Proposed")
-    places += [("At 224 px", scale, f"{vit}: {step}", f"Recipe, {SHORT.get(vit, vit)}") for vit, step in last.items()]
+    places += [("At 224 px", scale, f"{vit}: {step}", f"Recipe, {vit_names(vit)}") for vit, step in last.items()]
     records = []
     for group, part, model, shown in places:
         record = {("", "Scale"): group, ("", "Model"): shown}
@@ -169,7 +171,7 @@ def numbers(rows: pd.DataFrame) -> dict[str, str]:
             last = ratios[ratios["model"].str.startswith(f"{vit}: ")].iloc[-1]
             shown = {"": significant(last["value"]), "Interval": interval(last["low"], last["high"], digits=None)}
             for ending, text in shown.items():
-                found[macro("proposed", "field speedup", SHORT.get(vit, vit), FORMATS[dtype]) + ending] = text
+                found[macro("proposed", "field speedup", vit_names(vit), FORMATS[dtype]) + ending] = text
                 found.setdefault(macro("proposed", "speedup") + ending, text)  # of the first backbone, fp32
     for metric in ("macs", "params"):
         cost = one(rows, stage="own scale", metric=metric, model="proposed")["value"]

@@ -10,13 +10,12 @@ from matplotlib.ticker import FuncFormatter
 from thesis_lib.latex import significant
 from thesis_lib.placement import label_points
 from thesis_lib.plots import QUIET, RING, TEXTWIDTH, colour
-from thesis_lib.summary import label, ordered
+from thesis_lib.summary import label, ordered, vit_names
 
 NOTEBOOK = "10_proposed_model"
 NAMES = {"teacher": "Teacher (MHA, tuned)", "ToMe": "Teacher, tokens merged", "ensemble": "DreamSim, ensemble"}
 ACTIONS = {"drop": "Dropped", "halve": "Grid halved"}
 STEPS = {"depth": "fewer blocks", "class token only": "last block for the class token alone"}
-SHORT = {"vit_small_patch16_224.dino": "ViT-S/16", "vit_base_patch16_224.dino": "ViT-B/16", "demo": "demo backbone"}
 PLAN = "#6B4423"  # plans of several mixers have none of their colours
 FORMATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -147,7 +146,7 @@ def _step(model: str) -> str:
     if ": " not in model:
         return {"ensemble": "ensemble: 3 × ViT-B/16", "one branch": "one ViT-B/16"}.get(model, model)
     vit, step = model.split(": ")
-    shown = SHORT.get(vit, vit)
+    shown = vit_names(vit)
     return (
         shown if step == "whole" else f"+ {STEPS.get(step, step)}" if shown == "ViT-S/16" else f"{shown}, whole recipe"
     )
