@@ -41,8 +41,8 @@ MEASURED = [os.path.relpath(path, paths.ROOT) for path in sorted(paths.MEASURED.
 TRIPLETS = ("02_attention_evaluation", "04_distillation", "10_proposed_model")
 # Others wait for 02 and 04; of the rest the longest start first, so that no core is left with a long one at the end.
 PRIORITY = {"05_attention_transfer": 4, "06_adaptive_tokens": 3, "04_distillation": 2, "02_attention_evaluation": 1}
-# With a GPU that they share, the core study comes first, what finds missing data before it, and the longest last.
-ON_GPU = "05 03 08 07 06 10 04 02 01".split()
+# Where a GPU is shared, in this order: what finds missing data, the core study, and the longest last.
+GPU_ORDER = "01 02 04 10 06 07 08 03 05".split()
 ALONE = ("03_efficiency_analysis", "10_proposed_model")  # these time things
 LOCAL_CORES = workflow.resource_settings.cores  # None on a cluster, where profiles/slurm makes them exclusive
 
@@ -73,7 +73,7 @@ def on_gpu(notebook):
 
 def priority(notebook):
     if any(map(on_gpu, NOTEBOOKS)):
-        return ON_GPU.index(notebook[:2]) if notebook[:2] in ON_GPU else 0
+        return len(GPU_ORDER) - GPU_ORDER.index(notebook[:2]) if notebook[:2] in GPU_ORDER else 0
     return PRIORITY.get(notebook, 0)
 
 

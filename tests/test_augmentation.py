@@ -80,6 +80,24 @@ def test_rand_augment_is_batched_and_drawn_from_the_global_states():
     assert parse_policy("rand-m7-n3") == {"m": 7.0, "n": 3.0, "p": 0.5, "mstd": 0.5, "inc": 1.0}
 
 
+def test_rand_augment_sees_what_is_cropped_and_mirrored(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Augmentation, "_rand_augment", lambda self, images: seen.append(images) or images)
+    images = (255 * ramp(20)).to(torch.uint8)
+    Augmentation(3, flip=1.0, rand_augment="rand-m9")(images, torch.zeros(20, dtype=torch.long))
+    assert torch.equal(torch.cat(seen), images.flip(3)) and [len(part) for part in seen] == [8, 8, 4]
+
+
+def test_half_precision_moves_no_crop():
+    images, labels = (255 * ramp(8)).to(torch.uint8), torch.zeros(8, dtype=torch.long)
+    crops = []
+    for precise in (True, False):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not precise):
+            crops.append(Augmentation(3, flip=0.0, crop_scale=(0.3, 0.5))(images, labels)[0])
+    assert torch.equal(*crops)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

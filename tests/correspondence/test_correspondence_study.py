@@ -119,6 +119,8 @@ def test_the_gallery_holds_pictures_and_maps_once_a_pair(study, pairs, vit):
 
 def test_weights_that_training_needs_are_asked_for_before_it():
     study = Study(weights={"SD 2.1": "folder"})
-    study.require([{"model": "demo"}, {"run": "supervised"}, {"name": "a", "model": ["vit_small_patch16_224.dino"]}])
-    with pytest.raises(FileNotFoundError, match="train with SDXL-Turbo, whose weights are not here"):
-        study.require([{"model": ["demo", "SDXL-Turbo"]}])
+    here = [{"model": "demo"}, {"name": "a", "model": ["vit_small_patch16_224.dino"]}]
+    study.require(here, [{"run": "supervised"}])
+    for recipes, teacher in (([{"model": ["demo", "SDXL-Turbo"]}], []), (here, "SDXL-Turbo")):
+        with pytest.raises(FileNotFoundError, match="train with SDXL-Turbo, whose weights are not here"):
+            study.require(recipes, teacher)

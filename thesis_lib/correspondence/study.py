@@ -62,9 +62,10 @@ class Study:
     folder: Path | None = None
     _fresh: set = field(default_factory=set)  # stores that this study has reset already
 
-    def require(self, recipes: Iterable[Mapping[str, Any]]) -> None:
-        """Raise FileNotFoundError where recipes or a teacher's parts name a system whose weights are not here."""
-        models = [recipe.get("model", []) for recipe in recipes]
+    def require(self, recipes: Iterable[Mapping[str, Any]], parts: str | Sequence[Mapping[str, Any]]) -> None:
+        """Raise FileNotFoundError where recipes or a teacher's parts (see `sources`) name a system without weights."""
+        parts = [{"model": parts}] if isinstance(parts, str) else parts
+        models = [each.get("model", []) for each in (*recipes, *parts)]
         named = {name for model in models for name in (model if isinstance(model, list) else [model])}
         if absent := systems.missing(sorted(named & systems.SYSTEMS.keys()), self.weights):
             raise FileNotFoundError(
