@@ -33,7 +33,8 @@ CAPTIONS = {
     "time_terms": "Time of one image over MHA's measured one, at the fewest and the most tokens (the axes differ): "
     "predicted by term (bars) and measured (dots).",
     "crossing_points": "Tokens from which a mixer costs less than MHA; hollow arrows: not up to the largest size "
-    "tried, where they stand; $\\le$: already at the smallest; bars: 95\\,\\% intervals, an arrow where one has no end.",
+    "tried, where they stand; $\\le$: already at the smallest; bars: 95\\,\\% intervals, an arrow where one has "
+    "no end.",
 }
 VARIANT = ("dtype", "mode", "sdpa_pinned")
 
