@@ -74,6 +74,33 @@ def test_profiles_name_parameters_of_the_notebooks_with_values_of_their_types(pr
                 profiles.check({parameter: value}, notebook)
 
 
+@pytest.mark.parametrize("profile", ["demo-gpu", "smoke-gpu", "thesis"])
+def test_on_a_gpu_every_notebook_that_knows_devices_computes_there(profile):
+    content = profiles.load(profile)
+    for notebook in NOTEBOOKS:
+        if notebook.stem[0].isdigit() and "device" in profiles.defaults(notebook):
+            assert content[notebook.stem]["device"] == "cuda", notebook.stem
+
+
+def test_a_profile_extends_another_and_says_what_differs(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "extends: thesis\n02_attention_evaluation: {dataset_root: /nights}\nvariants: {04_distillation: {}}"
+    )
+    (tmp_path / "ours.yaml").write_text("extends: mine.yaml\njobs: {threads: 3}")
+    ours, thesis = profiles.load(str(tmp_path / "ours.yaml")), profiles.load("thesis")
+    assert ours["02_attention_evaluation"] == thesis["02_attention_evaluation"] | {"dataset_root": "/nights"}
+    assert ours["jobs"] == thesis["jobs"] | {"threads": 3} and ours["variants"]["04_distillation"] == {}
+    rest = set(thesis) - {"02_attention_evaluation", "jobs", "variants"}
+    assert {name: ours[name] for name in rest} == {name: thesis[name] for name in rest} and "extends" not in ours
+    mine.write_text("extends: ours.yaml")
+    with pytest.raises(ValueError, match="mine.yaml extends itself: mine.yaml > ours.yaml > mine.yaml"):
+        profiles.load(str(mine))
+    mine.write_text("extends: tesis")
+    with pytest.raises(FileNotFoundError, match="no profile 'tesis': there are demo, demo-gpu"):
+        profiles.load(str(mine))
+
+
 def test_the_notebooks_own_defaults_are_the_demo_profile():
     content = profiles.load("demo")
     for notebook in NOTEBOOKS:

@@ -1,7 +1,10 @@
 """Profiles: one YAML file with a section a notebook, which holds values for the names in its cell tagged `parameters`.
 
-Beside these, `variants` names the notebooks that run once per value of a parameter, and `jobs` what one run may take of
-a machine (read by the Snakefile).
+Beside these, `variants` names the notebooks that run once per value of a parameter, `jobs` what one run may take of a
+machine (read by the Snakefile), and `extends` another profile whose sections hold wherever this one names nothing else:
+
+    extends: thesis
+    02_attention_evaluation: {dataset_root: /data/nights}
 """
 
 import ast
@@ -24,22 +27,36 @@ def load(profile: str, *, folder: Path = paths.NOTEBOOKS) -> dict[str, dict]:
     """Read profiles/<profile>.yaml, or the file that `profile` names if it ends in .yaml or .yml.
 
     Raises FileNotFoundError with the profiles there are, ValueError for a section or variant without a notebook in
-    `folder`, and for a number that YAML takes for text (1e-4).
+    `folder`, for a number that YAML takes for text (1e-4) and for profiles that extend each other.
     """
-    path = Path(profile) if profile.endswith((".yaml", ".yml")) else paths.PROFILES / f"{profile}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
-        raise FileNotFoundError(f"no profile {profile!r}: there are {known}, or the path of a .yaml file")
-    content = yaml.safe_load(path.read_text()) or {}
-    content = {section: values or {} for section, values in content.items()} | {
-        "variants": content.get("variants") or {}
-    }
+    path, content = _file(profile), {"variants": {}}
+    chain = [path]
+    while base := (_read(chain[-1]).get("extends")):
+        chain.append(_file(base, beside=chain[-1].parent))
+        if chain[-1] in chain[:-1]:
+            raise ValueError(f"{path.name} extends itself: {' > '.join(p.name for p in chain)}")
+    for own in map(_read, reversed(chain)):
+        for section, values in own.items():
+            if section != "extends":
+                content[section] = content.get(section, {}) | (values or {})
     notebooks = {p.stem for p in folder.glob("*.ipynb")}
     for section in [*content.keys() - RESERVED, *content["variants"]]:
         if section not in notebooks:
             raise ValueError(f"{path.name}: section {section!r} is no notebook's name{near(section, notebooks)}")
     _refuse_text_numbers(content, path.name)
     return content
+
+
+def _file(profile: str, beside: Path = Path()) -> Path:
+    path = beside / profile if profile.endswith((".yaml", ".yml")) else paths.PROFILES / f"{profile}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
+        raise FileNotFoundError(f"no profile {profile!r}: there are {known}, or the path of a .yaml file")
+    return path.resolve()
+
+
+def _read(path: Path) -> dict:
+    return yaml.safe_load(path.read_text()) or {}
 
 
 def runs(content: dict[str, dict], notebook: str) -> dict[str, dict[str, Any]]:
