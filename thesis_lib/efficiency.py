@@ -7,6 +7,7 @@ The instruments are timing.py's; efficiency_grid.py drives a grid of configurati
 import argparse
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -204,9 +205,10 @@ def quiet_moments(rows: Iterable[dict]) -> dict[tuple, float]:
     return {where: quiet(times) for where, times in beside.items()}
 
 
-def never_quiet(rows: Iterable[dict], moments: dict[tuple, float]) -> bool:
-    """Say whether rows of one or more rounds hold a series that the machine disturbed in each of them."""
-    return any(not any(_quiet(found, moments) for found in rounds) for rounds in _merged(rows) if _timed(rounds))
+def quiet_rounds(rows: Iterable[dict], moments: dict[tuple, float]) -> float:
+    """Count the rounds that the machine left alone, in the series that has fewest; inf where nothing is timed."""
+    counts = [sum(_quiet(found, moments) for found in _timed(rounds)) for rounds in _merged(rows) if _timed(rounds)]
+    return min(counts, default=math.inf)
 
 
 def pool_rounds(rows: Iterable[dict]) -> pd.DataFrame:
