@@ -131,6 +131,27 @@ def test_a_plain_vit_is_trained_by_the_same_call():
         train_classifier(halting_vit(), *data, epochs=1, augmentation={"flip": 2}, **FAST)
 
 
+def test_what_is_decayed_and_which_branches_training_skips(monkeypatch):
+    pixels, seen = Pixels(16), {}
+    monkeypatch.setattr("thesis_lib.adaptive_training.fit", lambda model, *args, **options: seen.update(options))
+    data = (pixels, pixels.labels, pixels, pixels.labels)
+    model = AdaptiveViT(halting_vit(), VARIED)
+    train_classifier(model, *data, epochs=1, batch_size=8, weight_decay=0.05, drop_path=0.2, head_lr_scale=10.0, **FAST)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (g["weight_decay"], g["lr_scale"]) for g in seen["parameters"] for p in g["params"]}
+    assert len(found) == len(names) == sum(len(group["params"]) for group in seen["parameters"])
+    for name, p in model.named_parameters():
+        decayed = p.ndim > 1 and name not in ("vit.pos_embed", "vit.cls_token")
+        assert found[name] == (0.05 * decayed, 10.0 if "head" in name else 1.0), name
+    rates = [getattr(block.drop_path2, "drop_prob", 0.0) for block in model.vit.blocks]
+    assert rates == pytest.approx(np.linspace(0, 0.2, 5)) and rates[0] == 0
+    x = normalised(model, pixels[np.arange(4)])
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
 def test_heads_come_from_the_seed_alone():
     a, b, c = (headed("demo", 4, seed=seed).head.weight for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)

@@ -120,6 +120,10 @@ def test_batches_are_whole_and_each_epoch_has_its_own_order():
     assert [len(batch) for batch in first] == [4, 4] and len(set(first[0] + first[1])) == 8
     assert first == again != second
     assert len(whole_batches(11, 4, list, Augmentation(3), 1)(1, torch.Generator())) == 1
+    thrice = sum(whole_batches(11, 4, list, Augmentation(3), None, 3)(1, torch.Generator()), [])
+    assert thrice[::3] == list(dict.fromkeys(thrice)) and len(thrice) == 8 and thrice[0:3] == [thrice[0]] * 3
+    with pytest.raises(ValueError, match="repeats=0"):
+        whole_batches(11, 4, list, Augmentation(3), None, 0)
     whole_batches(11, 3, list, Augmentation(3), None)
     with pytest.raises(ValueError, match="batch_size=3 must be even"):
         whole_batches(11, 3, list, Augmentation(3, cutmix=1.0), None)

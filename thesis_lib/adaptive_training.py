@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from thesis_lib import backbone, perceptual
@@ -84,7 +86,10 @@ def train_classifier(
     batch_size: int = 32,
     lr: float = 1e-4,
     head_lr_scale: float = 1.0,
+    weight_decay: float = 0.0,
+    drop_path: float = 0.0,
     augmentation: Mapping[str, Any] | None = None,
+    repeats: int = 1,
     max_batches: int | None = None,
     **options: Any,
 ) -> list[dict]:
@@ -92,14 +97,19 @@ def train_classifier(
 
     The loss is the cross-entropy, for an adaptive model plus ponder and distribution loss. The weights of the last
     epoch stay: an early one may be more accurate because its tokens do not halt yet. pixels: uint8 images by row,
-    labels: (n,). head_lr_scale: how much faster the head learns. augmentation: what `Augmentation` takes. options:
-    those of `training.fit` (weight_decay, schedule, warmup_epochs, ema_decay, checkpoint, ...). An incomplete last
-    batch of an epoch is left out. Raises ValueError where there is no whole batch.
+    labels: (n,). head_lr_scale: how much faster the head learns. weight_decay: of all but norms, biases, class token
+    and positions. drop_path: how often the last block's branches are skipped, the earlier ones' less often, linearly.
+    augmentation: what `Augmentation` takes; repeats: of an image in a batch, see `whole_batches`. options: those of
+    `training.fit` (schedule, warmup_epochs, ema_decay, checkpoint, ...). An incomplete last batch of an epoch is left
+    out. Raises ValueError where there is no whole batch.
     """
-    answers, head = torch.from_numpy(np.asarray(labels, np.int64)), getattr(model, "vit", model).head
+    answers, vit = torch.from_numpy(np.asarray(labels, np.int64)), getattr(model, "vit", model)
+    head = vit.head
     augment, criterion = Augmentation(head.out_features, **(augmentation or {})), SoftTargetCrossEntropy()
     pick = lambda rows: (pixels[rows], answers[rows])
-    batches = whole_batches(len(answers), batch_size, pick, augment, max_batches)
+    batches = whole_batches(len(answers), batch_size, pick, augment, max_batches, repeats)
+    for block, rate in zip(vit.blocks, np.linspace(0, drop_path, len(vit.blocks)).tolist(), strict=True):
+        block.drop_path1, block.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, targets = augment(*batch)
@@ -114,15 +124,18 @@ def train_classifier(
         predicted, tokens, _ = predict(model, val_pixels, batch_size=batch_size, device=device)
         return {"accuracy": float((predicted == np.asarray(val_labels)).mean()), "tokens": float(tokens.mean())}
 
-    of_head = {id(p) for p in head.parameters()}
-    groups = [{"params": [p for p in model.parameters() if (id(p) in of_head) == chosen]} for chosen in (False, True)]
-    groups[1]["lr_scale"] = head_lr_scale
-    halting = str(getattr(model, "halting", None))
-    config = {"batch_size": batch_size, "augmentation": augmentation or {}, "halting": halting}
+    of_head, groups = {id(p) for p in head.parameters()}, []
+    bare = [name for name, p in model.named_parameters() if p is vit.cls_token or p is vit.pos_embed]
+    for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=bare):
+        for chosen, scale in ((False, 1.0), (True, head_lr_scale)):
+            params = [p for p in group["params"] if (id(p) in of_head) == chosen]
+            groups.append(group | {"params": params, "lr_scale": scale})
+    config = {"batch_size": batch_size, "augmentation": augmentation or {}, "repeats": repeats, "drop_path": drop_path}
+    config["halting"] = str(getattr(model, "halting", None))
     config["data"] = digest([("labels", answers)])
     config["start"] = digest(model.state_dict().items())
     options = {"evaluate": evaluate, "select": None, "config": config, "parameters": groups} | options
-    return fit(model, loss, batches, epochs=epochs, lr=lr, **options)
+    return fit(model, loss, batches, epochs=epochs, lr=lr, weight_decay=weight_decay, **options)
 
 
 @torch.no_grad()

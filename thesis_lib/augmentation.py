@@ -94,19 +94,29 @@ class Augmentation:
 
 
 def whole_batches(
-    count: int, batch_size: int, gather: Callable[[np.ndarray], Any], augment: Augmentation, max_batches: int | None
+    count: int,
+    batch_size: int,
+    gather: Callable[[np.ndarray], Any],
+    augment: Augmentation,
+    max_batches: int | None,
+    repeats: int = 1,
 ) -> Callable[[int, torch.Generator], Batches]:
     """Make `fit`'s `batches`: rows of `count`, shuffled anew each epoch; an incomplete last batch is left out.
 
+    repeats: how often an image comes, each time augmented anew, before the next one does; an epoch is as long as
+    without, so it sees a part of the images (repeated augmentation, Hoffer et al. 2020, as DeiT samples it).
     ValueError: there is no whole batch, or mixup or cutmix would have to pair an odd number of images.
     """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} must be at least 1")
     if count < batch_size:
         raise ValueError(f"{count} images do not fill one batch of {batch_size}: lower batch_size")
     if batch_size % 2 and augment.mix is not None:
         raise ValueError(f"mixup and cutmix pair the images of a batch: batch_size={batch_size} must be even")
 
     def batches(epoch: int, generator: torch.Generator) -> Batches:
-        order = torch.randperm(count, generator=generator)[: count // batch_size * batch_size]
+        order = torch.randperm(count, generator=generator).repeat_interleave(repeats)
+        order = order[: count // batch_size * batch_size]
         return Batches(order.numpy(), batch_size, gather, max_batches)
 
     return batches
