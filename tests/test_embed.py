@@ -143,6 +143,32 @@ def test_a_csv_of_pairs_gets_its_distances_too(metric, tmp_path, monkeypatch):
 
     again = embed.embed_folder(metric, csv, tmp_path / "out.parquet", **options)
     assert again == done and len(names) == 5
+    whole = done.distances.read_bytes()
+    done.distances.unlink()  # they are made again from the embeddings
+    again = embed.embed_folder(metric, csv, tmp_path / "out.parquet", **options)
+    assert again == done and len(names) == 5 and done.distances.read_bytes() == whole
+    assert set(os.listdir(tmp_path)) == {
+        "images",
+        "pairs.csv",
+        "out.parquet",
+        "out.distances.parquet",
+        "out.parquet.lock",
+    }
+
+
+def test_distances_lie_beside_their_own_embeddings(metric, tmp_path, monkeypatch):
+    root = folder(tmp_path / "images", 5)
+    csv, _ = pairs_csv(tmp_path, monkeypatch)
+    options = QUIET | {"columns": ("first", "other")}
+    found = [embed.embed_folder(metric, csv, tmp_path / name, **options) for name in ("q.v1", "q.v2", "q.parquet")]
+    assert [done.distances.name for done in found] == [f"q{v}.distances.parquet" for v in (".v1", ".v2", "")]
+    (tmp_path / "q.parquet").unlink()
+    for source in (root, csv):  # a folder, and other pairs
+        with pytest.raises(ValueError, match=r"q\.distances\.parquet is of another run .*delete it"):
+            embed.embed_folder(metric, source, tmp_path / "q.parquet", **options | {"columns": ("other", "first")})
+    assert not (tmp_path / "q.parquet").exists()
+    (tmp_path / "q.distances.parquet").unlink()
+    assert embed.embed_folder(metric, root, tmp_path / "q.parquet", **options).distances is None
 
 
 def test_pairs_with_a_skipped_image_have_no_distance(metric, tmp_path, monkeypatch):
@@ -189,6 +215,11 @@ def test_skipped_images_are_counted_and_the_rest_is_as_without_them(metric, tmp_
     torch.testing.assert_close(table.values, one_by_one(metric, usable), atol=2e-6, rtol=0)
     assert table.table["path"].tolist() == [path.relative_to(root).as_posix() for path in usable]
     assert json.loads(pq.read_schema(done.path).metadata[b"skipped"]) == done.skipped
+    again = embed.embed_folder(metric, root, tmp_path / "again.parquet", on_error="skip", part_size=4, **QUIET)
+    assert again.path.read_bytes() == done.path.read_bytes()
+    assert embed.embed_folder(metric, root, done.path, on_error="skip", part_size=4, **QUIET) == done
+    with pytest.raises(ValueError, match=r"out\.parquet lacks 2 images .*00\.png is not .*01\.png .*--on-error"):
+        embed.embed_folder(metric, root, done.path, part_size=4, **QUIET)
 
 
 def test_parts_made_by_skipping_do_not_serve_a_run_that_must_not(metric, tmp_path, monkeypatch):
@@ -229,6 +260,23 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(metric, tmp_path,
     done = embed.embed_folder(metric, root, tmp_path / "out.parquet", **options)
     assert len(names) == 13 - 2 * 3
     assert done.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_a_damaged_part_is_made_again_or_named(metric, tmp_path, monkeypatch):
+    root, out, options = folder(tmp_path / "images", 6), tmp_path / "out.parquet", QUIET | {"part_size": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "join", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            embed.embed_folder(metric, root, out, **options)
+    parts = sorted((tmp_path / "out.parquet.parts").glob("*.parquet"))
+    parts[0].write_bytes(b"PAR1")  # its end is gone, which tells what is in it
+    names, whole = decoded(monkeypatch), parts[1].read_bytes()
+    parts[1].write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
+    with pytest.raises(RuntimeError, match=rf"(?s){parts[1].name} is damaged .*: delete it"):
+        embed.embed_folder(metric, root, out, **options)
+    assert len(names) == 2
+    parts[1].unlink()
+    assert embed.embed_folder(metric, root, out, **options).images == 6 and len(names) == 4
 
 
 def test_a_finished_file_is_not_made_again_nor_taken_for_another(metric, tmp_path, monkeypatch):
@@ -328,9 +376,15 @@ def test_no_more_is_decoded_ahead_than_two_batches(metric, tmp_path, monkeypatch
         ({"dtype": "half"}, ValueError, "float32, bfloat16, float16"),
         ({"source": "nowhere"}, FileNotFoundError, "no .*nowhere"),
         ({"source": "notes.txt"}, ValueError, "no csv"),
-        ({"source": "pairs.csv"}, ValueError, "columns left, right: name the two"),
+        ({"source": "pairs.csv"}, ValueError, "columns left, right: name the two .*--columns"),
         ({"source": "pairs.csv", "columns": ("left", "right")}, ValueError, "data row 2 lacks a path"),
+        ({"source": "pairs.csv", "columns": ("left", "left")}, ValueError, r"columns \(--columns\) must be two diff"),
+        ({"source": "pairs.csv", "columns": ("distance", "left")}, ValueError, "none called distance"),
         ({"source": "none.csv"}, ValueError, "no pair"),
+        ({"source": "empty.csv"}, ValueError, r"empty\.csv is not a readable csv file .*No columns"),
+        ({"source": "latin.csv"}, ValueError, r"latin\.csv is not a readable csv file in UTF-8"),
+        ({"source": "quote.csv"}, ValueError, r"quote\.csv is not a readable csv file .*EOF inside string"),
+        ({"source": "nul.csv"}, ValueError, r"nul\.csv: data row 1 .*NUL"),
     ],
 )
 def test_what_cannot_be_embedded_is_refused(metric, tmp_path, options, error, message):
@@ -338,6 +392,10 @@ def test_what_cannot_be_embedded_is_refused(metric, tmp_path, options, error, me
     (tmp_path / "notes.txt").write_text("a,b\n")
     (tmp_path / "none.csv").write_text("a,b\n")
     (tmp_path / "pairs.csv").write_text("left,right\nx.png,y.png\nx.png,\n")
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "latin.csv").write_bytes(b"a,b\ncaf\xe9.png,y.png\n")
+    (tmp_path / "quote.csv").write_text('a,b\n"x.png,y.png\n')
+    (tmp_path / "nul.csv").write_text("a,b\nx\0.png,y.png\n")
     options = QUIET | options
     with pytest.raises(error, match=message):
         embed.embed_folder(metric, tmp_path / options.pop("source", "images"), tmp_path / "out.parquet", **options)

@@ -4,9 +4,9 @@
     torchrun --nproc-per-node=8 -m thesis_lib.embed SOURCE OUT.parquet --metric FOLDER --device cuda --dtype bfloat16
 
 SOURCE is a folder of images, ImageNet-100 in parquet shards (`datasets.imagenet100`), or a csv of pairs. OUT is a table
-that `embeddings.read_embeddings` reads; of a csv OUT.distances.parquet is written, too. Images are embedded in parts,
-kept in OUT.parquet.parts until all are there: an interrupted run goes on behind the last finished part of each process.
-OUT.parquet.lock, which keeps two runs apart, stays and does no harm.
+that `embeddings.read_embeddings` reads; of a csv OUT.distances.parquet is written, too, again if it is gone. Images are
+embedded in parts, kept in OUT.parquet.parts until all are there: an interrupted run goes on behind the last finished
+part of each process. OUT.parquet.lock, which keeps two runs apart, stays and does no harm.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from thesis_lib import perceptual
 from thesis_lib.datasets.missing import choose
 from thesis_lib.datasets.pixels import NO_ROOM, Source, ahead, content_digest, read_rgb
-from thesis_lib.embed_parts import Embedded, Parts, finished, join
+from thesis_lib.embed_parts import SKIP, Embedded, Parts, finished, join
 from thesis_lib.embed_sources import Listing, listing
 from thesis_lib.embeddings import COLUMNS, identity
 from thesis_lib.trainer import accelerator_on, free
@@ -51,17 +51,18 @@ def embed_folder(
 ) -> Embedded:
     """Embed a folder of images, parquet shards or a csv of pairs into the parquet file `out`; see the module.
 
-    columns: of the csv, each a path, absolute or from the csv's folder; every distinct image is embedded once.
+    columns: two of the csv, each a path, absolute or from the csv's folder; every distinct image is embedded once.
     workers: threads that decode, all cores by default. part_size: images that an interruption can cost each process.
     A run goes on from the parts of an earlier one with the same source, model, dtype and part_size; the bytes are then
     those of an uninterrupted run with the same batch_size. Under torchrun every process embeds its share of the parts.
     An image that cannot be decoded is a ValueError that names it; with on_error="skip" it is left out and listed, and
     the distances of its pairs are null. Raises FileNotFoundError for a missing source, ValueError for a wrong option,
-    csv or an `out` of another run, RuntimeError for a full disk, a corrupt shard or embeddings that are not finite.
+    csv or file name, an `out` or distances of another run and an `out` that lacks images though on_error="raise",
+    RuntimeError for a full disk, a corrupt shard or part or embeddings that are not finite.
     """
     choose(on_error, ("raise", "skip"), "on_error")
     if part_size < 1 or (workers is not None and workers < 1):
-        raise ValueError(f"part_size={part_size} and workers={workers} must be at least 1")
+        raise ValueError(f"part_size (--part-size) {part_size} and workers (--workers) {workers} must be at least 1")
     out, images = Path(out).expanduser(), listing(source, columns)
     accelerator = accelerator_on(device, "no")
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
@@ -71,8 +72,8 @@ def embed_folder(
         width = perceptual.embed_pixels(metric, blank, **options).shape[1]  # wrong options end here
         run = {"model": identity(metric), "dtype": dtype, "part_size": part_size, "width": width}
         whole = run | {"images": images.digest(range(len(images))), "pairs": images.pairs_digest()}
-        if out.exists():
-            return finished(out, whole)
+        if done := finished(out, whole, images, on_error):
+            return done
         parts = Parts(out, run, images)
         with ExitStack() as stack:
             if main:
@@ -89,7 +90,7 @@ def embed_folder(
             if main:
                 join(images, parts, out, whole)
             accelerator.wait_for_everyone()
-        return finished(out, whole)
+        return finished(out, whole, images, on_error)
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -115,7 +116,7 @@ class _Decoded:
         decoded = [next(self.stream)[1].result() for _ in indices]
         for digest, reason, _ in decoded:
             if reason and self.on_error == "raise":
-                raise ValueError(f"{reason}; replace it, or go on without it by on_error='skip'")
+                raise ValueError(f"{reason}; replace it, or go on without it by {SKIP}")
             self.digests.append(digest)
             self.reasons.append(reason)
         self.bar.update(len(decoded))

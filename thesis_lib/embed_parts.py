@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import filelock
@@ -16,6 +18,8 @@ import torch
 
 from thesis_lib import paths, perceptual
 from thesis_lib.embed_sources import CHUNK, Listing
+
+SKIP = "on_error='skip' (--on-error skip)"
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,17 @@ class Parts:
 
     def has(self, k: int, on_error: str) -> bool:
         """Say whether a part is there, of images that are unchanged, and lacks none that this run must not skip."""
-        if not self.path(k).exists():
+        try:
+            found = pq.read_schema(self.path(k)).metadata[b"images"].decode()
+        except (pa.ArrowInvalid, OSError):  # not there, or damaged: it is made again
             return False
-        found = pq.read_schema(self.path(k)).metadata[b"images"].decode()
         return found == self.images.digest(self.rows(k)) and (on_error == "skip" or not self.skipped(k))
+
+    def read(self, k: int) -> pa.Table:
+        try:
+            return pq.read_table(self.path(k))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise RuntimeError(f"{self.path(k)} is damaged ({error}): delete it and run the same again") from error
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -99,27 +110,36 @@ def join(images: Listing, parts: Parts, out: Path, run: dict) -> None:
     entries = {"model": run["model"], "run": run, "skipped": skipped}
     metadata = {key: json.dumps(value) for key, value in entries.items()}
     schema = pq.read_schema(parts.path(0)).with_metadata(metadata)
-    joined, raw = parts.folder / "out.tmp", parts.folder / "values.tmp"
+    joined = parts.folder / "out.tmp"
     at_once = max(1, CHUNK // parts.run["part_size"])
-    with pq.ParquetWriter(joined, schema) as writer, open(raw, "wb") as values:
+    with pq.ParquetWriter(joined, schema) as writer:
         for first in range(0, parts.count, at_once):
-            some = [pq.read_table(parts.path(k)) for k in range(first, min(first + at_once, parts.count))]
+            some = [parts.read(k) for k in range(first, min(first + at_once, parts.count))]
             table = pa.concat_tables([each.replace_schema_metadata(metadata) for each in some]).combine_chunks()
             if len(table):
                 writer.write_table(table)
-            if images.pairs is not None:
-                values.write(table["embedding"].combine_chunks().flatten().to_numpy())
     if images.pairs is not None:
-        usable = ~np.isin(np.arange(len(images)), list(lacking))
-        vectors = np.memmap(raw, np.float32, "r", shape=(int(usable.sum()), parts.run["width"]))
-        _write_distances(images, usable, vectors, parts.folder / "distances.tmp", metadata)
-        del vectors  # what is still mapped cannot be removed everywhere
-        os.replace(parts.folder / "distances.tmp", _distances(out))
+        _measure(images, joined, _distances(out))
     os.replace(joined, out)
     shutil.rmtree(parts.folder, ignore_errors=True)  # `out` is in place: what is left of the parts does no harm
 
 
-def _write_distances(images: Listing, usable: np.ndarray, vectors: np.ndarray, path: Path, metadata: dict) -> None:
+def _measure(images: Listing, embedded: Path, out: Path) -> None:
+    """Write the distances of the pairs to `out` from the embeddings in a parquet file, mapped: memory stays flat."""
+    with pq.ParquetFile(embedded) as file, tempfile.TemporaryFile(dir=out.parent) as raw:
+        schema = file.schema_arrow
+        for batch in file.iter_batches(CHUNK, columns=["embedding"]):
+            raw.write(batch["embedding"].flatten().to_numpy())
+        raw.flush()
+        skipped = json.loads(schema.metadata[b"skipped"])
+        usable = np.array([images.label(i) not in skipped for i in range(len(images))])
+        shape = (file.metadata.num_rows, schema.field("embedding").type.list_size)
+        vectors = np.memmap(raw, np.float32, "r", shape=shape)
+        paths.write_whole(out, partial(_write_distances, images, usable, vectors, schema.metadata))
+        del vectors  # what is still mapped cannot be removed everywhere
+
+
+def _write_distances(images: Listing, usable: np.ndarray, vectors: np.ndarray, metadata: dict, path: Path) -> None:
     """Write the csv's two columns and the distance of each pair, null where an image was skipped."""
     a, b = images.columns
     schema = pa.schema([(a, pa.string()), (b, pa.string()), ("distance", pa.float64())], metadata)
@@ -133,19 +153,40 @@ def _write_distances(images: Listing, usable: np.ndarray, vectors: np.ndarray, p
 
 
 def _distances(out: Path) -> Path:
-    return out.with_name(f"{out.stem}.distances.parquet")
+    return out.with_name(out.name.removesuffix(".parquet") + ".distances.parquet")
 
 
-def finished(out: Path, run: dict) -> Embedded:
-    """Describe a finished file; ValueError if it is of another run."""
+def finished(out: Path, run: dict, images: Listing, on_error: str) -> Embedded | None:
+    """Describe a finished file, its distances made again if they are gone; None if there is none.
+
+    Raises ValueError if it or its distances are of another run, or if it lacks images and this run must not skip any.
+    """
+    distances = _distances(out)
+    if distances.exists():  # also without `out`: they would be overwritten, or taken for those of this run
+        _skipped(distances, run)
+    if not out.exists():
+        return None
+    skipped = _skipped(out, run)
+    if skipped and on_error == "raise":
+        some = "; ".join(list(skipped.values())[:3])
+        raise ValueError(
+            f"{out} lacks {len(skipped)} images that were skipped ({some}): replace them, delete it and run the same "
+            f"again, or go on without them by {SKIP}"
+        )
+    if images.pairs is not None and not distances.exists():
+        _measure(images, out, distances)
+    return Embedded(out, pq.read_metadata(out).num_rows, skipped, None if images.pairs is None else distances)
+
+
+def _skipped(path: Path, run: dict) -> dict[str, str]:
+    """Return what the run that made a file skipped; ValueError if it was another run."""
     try:
-        metadata = pq.read_schema(out).metadata or {}
+        metadata = pq.read_schema(path).metadata or {}
         found, skipped = json.loads(metadata[b"run"]), json.loads(metadata[b"skipped"])
     except (pa.ArrowInvalid, KeyError) as error:
-        raise ValueError(f"{out} is there and no file of this command: delete it, or name another") from error
-    _same(found, run, out)
-    distances = _distances(out)
-    return Embedded(out, pq.read_metadata(out).num_rows, skipped, distances if distances.exists() else None)
+        raise ValueError(f"{path} is there and no file of this command: delete it, or name another") from error
+    _same(found, run, path)
+    return skipped
 
 
 def _same(found: dict, run: dict, where: Path) -> None:

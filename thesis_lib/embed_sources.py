@@ -74,16 +74,26 @@ def _pairs(path: Path, columns: tuple[str, str]) -> Listing:
     """Read a csv in chunks: its distinct images in order of appearance, and its rows as indices of these."""
     if path.suffix.lower() != ".csv":
         raise ValueError(f"{path} is no csv; give a folder of images, one of parquet shards, or a .csv of pairs")
+    if len(columns) != 2 or columns[0] == columns[1] or "distance" in columns:  # the third one of the distances' file
+        raise ValueError(f"columns (--columns) must be two different ones, none called distance; got {columns}")
+    try:
+        return _read_pairs(path, columns)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable csv file in UTF-8 ({error})") from error
+
+
+def _read_pairs(path: Path, columns: tuple[str, str]) -> Listing:
     there = list(pd.read_csv(path, nrows=0).columns)
-    if len(columns) != 2 or not set(columns) <= set(there):
-        raise ValueError(f"{path} has the columns {', '.join(there)}: name the two that hold paths by `columns`")
+    if not set(columns) <= set(there):
+        raise ValueError(f"{path} has the columns {', '.join(there)}: name the two with paths by columns (--columns)")
     places: dict[str, int] = {}
     chunks = [np.empty((0, 2), np.int64)]
     with pd.read_csv(path, usecols=list(columns), dtype=str, keep_default_na=False, chunksize=CHUNK) as frames:
         for frame in frames:
             names = frame[list(columns)].to_numpy()
-            if (empty := (names == "").any(axis=1)).any():
-                raise ValueError(f"{path}: data row {frame.index[empty][0] + 1} lacks a path")
+            unusable = frame.map(lambda name: not name or "\0" in name).any(axis=1)
+            if unusable.any():
+                raise ValueError(f"{path}: data row {unusable.idxmax() + 1} lacks a path, or has one with a NUL byte")
             chunks.append(np.array([[places.setdefault(name, len(places)) for name in row] for row in names]))
     if not places:
         raise ValueError(f"{path} has no pair")

@@ -189,7 +189,7 @@ def test_an_empty_split_is_refused(root):
 
 def test_a_missing_set_or_batch_says_what_and_where(root, tmp_path):
     (root / FOLDER / "data_batch_4").unlink()
-    with pytest.raises(FileNotFoundError, match="(?s)no data_batch_4.*170 MB.*cs.toronto.edu.*download"):
+    with pytest.raises(FileNotFoundError, match="(?s)no data_batch_4.*170 MB.*toronto.*download.*in 07's `datasets`"):
         CIFAR10(root)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         CIFAR10(tmp_path / "nowhere")

@@ -1,4 +1,6 @@
+import io
 import json
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -99,7 +101,7 @@ def test_a_broken_image_is_named(spair):
 
 
 def test_a_missing_set_says_what_size_and_where(tmp_path):
-    with pytest.raises(FileNotFoundError, match="(?s)70,958 pairs.*cvlab.postech.*correspondence_download SPair-71k"):
+    with pytest.raises(FileNotFoundError, match="(?s)70,958 pairs.*postech.*_download SPair-71k.*08's `datasets`"):
         load("SPair-71k", tmp_path)
     with pytest.raises(FileNotFoundError, match="test_pairs_pf.csv"):
         load("PF-WILLOW", tmp_path)
@@ -137,6 +139,13 @@ def test_willow_boxes_leave_padded_points_out(tmp_path, renamed):
     whole, part = pf_willow(tmp_path).pairs
     assert whole.category == "car" and whole.target_box.tolist() == [1, 1.25, 37, 32.75]
     assert part.keypoints == tuple("0123456") and part.target_box.tolist() == [0, 0.25, 24, 21.25]
+
+
+@pytest.mark.parametrize("content", [b"", b'a,b\n"1,2\n', b"caf\xe9,b\n"])
+def test_a_list_of_willow_that_is_no_csv_is_named(tmp_path, content):
+    (tmp_path / "test_pairs_pf.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"test_pairs_pf\.csv is not a readable csv"):
+        pf_willow(tmp_path)
 
 
 def test_cub_pairs_are_those_of_a_class_and_split(tmp_path):
@@ -194,6 +203,85 @@ def test_download_fetches_every_file_and_unpacks(tmp_path, monkeypatch):
     monkeypatch.setattr(correspondence_download.pooch, "retrieve", retrieve)
     root = correspondence_download.download("CUB-200-2011", tmp_path)
     assert (root / "images.txt").is_file() and fetched[0][1].startswith("md5:")
+    (root / "images.txt").unlink()
+    (root / "notes.txt").write_text("mine")
+    correspondence_download.download("CUB-200-2011", tmp_path)
+    assert {path.name for path in root.iterdir()} == {"images.txt", "notes.txt"}
+
+
+def packed(path: Path, files: dict[str, bytes]) -> Path:
+    """Make a .zip or .tar.gz; random bytes fill more than one of its blocks."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+        return path
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+NOISE = np.random.default_rng(0).bytes(300_000)
+PAGE = b"<html>moved</html>"
+
+
+def holed(data: bytes) -> bytes:
+    return data[:99] + bytes(99) + data[198:]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "damage", "message", "kept"),
+    [
+        ("SPair-71k.tar.gz", "SPair-71k", lambda data: PAGE, "not a whole archive", set()),
+        ("SPair-71k.tar.gz", "SPair-71k", lambda data: data[:400_000], "not a whole archive", set()),
+        (
+            "SPair-71k.tar.gz",
+            "SPair-71k",
+            holed,
+            "not a whole archive",
+            set(),
+        ),
+        ("SPair-71k.tar.gz", "other", lambda data: data, "holds no folder SPair-71k", {"other", "a", "b"}),
+        ("PF-dataset.zip", "PF-dataset", lambda data: data[:-20], "not a whole archive", set()),
+        ("PF-dataset.zip", "PF-dataset", holed, "not a whole archive", set()),
+        (
+            "test_pairs_pf.csv",
+            "PF-dataset",
+            lambda data: PAGE,
+            "a web page",
+            {"PF-dataset.zip", "PF-dataset", "a", "b"},
+        ),
+    ],
+)
+def test_a_file_that_is_not_whole_is_named_and_leaves_nothing(
+    tmp_path, monkeypatch, capsys, name, folder, damage, message, kept
+):
+    def retrieve(url, checksum, fname, path, progressbar):
+        whole = packed(path / fname, {f"{folder}/{n}": NOISE for n in ("a", "b")})
+        if fname == name:
+            whole.write_bytes(damage(whole.read_bytes()))
+        return whole
+
+    monkeypatch.setattr(correspondence_download.pooch, "retrieve", retrieve)
+    with pytest.raises(SystemExit) as ended:
+        correspondence_download.main(["SPair-71k" if "SPair" in name else "PF-WILLOW", str(tmp_path / "sets")])
+    assert ended.value.code == 1
+    assert re.search(rf"/{name} is not what was published .*{message}.*: delete it, ", capsys.readouterr().err)
+    assert {path.name for path in (tmp_path / "sets").rglob("*")} - {"PF-WILLOW"} == kept | {name}
+
+
+def test_what_cannot_be_fetched_ends_the_command_with_one_message(tmp_path, monkeypatch, capsys):
+    def retrieve(*arguments, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(correspondence_download.pooch, "retrieve", retrieve)
+    with pytest.raises(SystemExit) as ended:
+        correspondence_download.main(["SPair-71k", str(tmp_path)])
+    assert ended.value.code == 1
+    assert re.fullmatch(r"SPair-71k could not be fetched from https://\S+: no network\n", capsys.readouterr().err)
 
 
 # ------------------------------------------------------------------------------------------- the synthetic world

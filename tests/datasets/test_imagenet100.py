@@ -113,6 +113,12 @@ def test_export_goes_on_where_it_stopped(root, tmp_path):
     assert not list(out.rglob("*.part")) and not (out / "test").exists()
 
 
+def test_export_names_a_row_that_is_no_image(root, tmp_path):
+    shard(root, "test", 0, 1, [(b"no image", 1)])
+    with pytest.raises(ValueError, match=r"parquet#0 is not an image: no image format that Pillow knows"):
+        export(root, tmp_path / "images", splits=["test"], progress=False)
+
+
 def test_export_by_command_names_classes_by_id(root, tmp_path, capsys):
     main(
         [
@@ -156,7 +162,8 @@ def test_a_missing_root_says_what_where_how_large_and_what_to_do(tmp_path):
     for part in (
         "17.4 GB",
         "https://huggingface.co/datasets/ilee0022/ImageNet100",
-        "`dataset_root`",
+        "`imagenet100_root`",
+        "`extra_image_roots`",
         "imagenet100 download",
     ):
         assert part in str(error.value)

@@ -173,6 +173,33 @@ def test_skipped_images_are_counted_named_and_never_read(tree, cache):
     assert np.flatnonzero(~cache(tree, on_error="skip").usable).tolist() == [5, 8]
 
 
+def dds(flags: int) -> bytes:
+    """The header of a DDS file, whose pixel format no decoder knows."""
+    numbers = [124, 0x1007, 16, 16, *[0] * 14, 32, flags, *[0] * 11]
+    return b"DDS " + np.array(numbers, "<u4").tobytes() + bytes(1024)
+
+
+def spider() -> bytes:
+    """A SPIDER file that claims to be part of a stack which is not there."""
+    header = np.zeros(32, ">f4")
+    header[[0, 1, 4, 11, 12, 21, 22, 26]] = [1, 32, 1, 32, 1, 128, 128, 1]
+    return header.tobytes() + bytes(4096)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (spider(), "'SpiderImageFile' object has no attribute 'stkoffset'"),
+        (dds(8192), "Unknown pixel format flags 8192"),  # NotImplementedError, as RuntimeErrors are
+        (b"no image", "no image format that Pillow knows"),  # Pillow would name the buffer's place in memory
+    ],
+)
+def test_whatever_pillow_says_of_an_image_it_is_named_in_the_same_words(data, reason):
+    with pytest.raises(ValueError) as error:
+        pixels.read_rgb(data, "1.jpg")
+    assert str(error.value) == f"1.jpg is not a whole image: {reason}"
+
+
 def test_an_image_that_went_bad_is_not_served_from_its_old_record(tree, cache):
     cache(tree)
     tree[2].write_bytes(b"overwritten")
@@ -389,6 +416,31 @@ def test_image_folder_lists_images_at_any_depth_in_order(tmp_path):
     (tmp_path / "set" / "b" / "loop").symlink_to(tmp_path / "set")
     found = [str(path.relative_to(tmp_path / "set")) for path in image_folder(tmp_path / "set")]
     assert found == ["a/x/3.webp", "b/1.png", "b/2.JPG"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every file name is Unicode")
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"caf\xe9/1.png"])
+def test_image_folder_refuses_names_that_no_table_can_hold(tmp_path, name):
+    path = os.path.join(os.fsencode(tmp_path), name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    open(path, "wb").close()
+    with pytest.raises(ValueError, match=r"the name 'caf\\udce9(\.png)?' in .* is no UTF-8"):
+        image_folder(tmp_path)
+
+
+def test_image_folder_refuses_a_folder_inside_that_it_cannot_read(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "1.png").touch()
+    scan = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(PermissionError, match="locked"):
+        image_folder(tmp_path)
 
 
 def test_image_folder_refuses_a_folder_without_images(tmp_path):

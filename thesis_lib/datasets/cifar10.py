@@ -159,6 +159,7 @@ def _missing(root: Path, found: str) -> FileNotFoundError:
         contents="60,000 images of 32x32 pixels in 10 classes as python batches: train 50,000, test 10,000",
         size="170 MB",
         published=f"{URL} (md5 {ARCHIVE_MD5}); fetch it by: {COMMAND} download {root}",
+        parameter="`root` of CIFAR-10 in 07's `datasets`",
     )
 
 

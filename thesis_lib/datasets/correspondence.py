@@ -81,7 +81,10 @@ def pf_willow(
     found = next((path for path in lists if path.is_file()), None)
     if found is None:
         raise not_there(root, "PF-WILLOW", f"there is no {WILLOW_LISTS[0]}")
-    table = pd.read_csv(found)
+    try:
+        table = pd.read_csv(found)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{found} is not a readable csv file ({error}); delete it and fetch it again") from error
     if table.shape[1] < 42:
         raise ValueError(f"{found} has {table.shape[1]} columns; two paths and four times ten coordinates make 42")
     renamed = not (root / "PF-dataset").is_dir()  # some copies hold the folder's content under another name

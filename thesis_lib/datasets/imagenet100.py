@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from thesis_lib.datasets.missing import choose, missing
-from thesis_lib.datasets.pixels import UNREADABLE, read_rgb
+from thesis_lib.datasets.pixels import UNREADABLE, read_rgb, why
 
 REPOSITORY = "ilee0022/ImageNet100"
 REVISION = "c55b2f2967c034db17be30f7d430e41c80fd4281"
@@ -218,7 +218,7 @@ def _encoded(data: bytes, name: str) -> tuple[bytes, str]:
         with Image.open(io.BytesIO(data)) as image:
             extension = EXTENSIONS.get(image.format)
     except UNREADABLE as error:
-        raise ValueError(f"{name} is not an image: {error}") from error
+        raise ValueError(f"{name} is not an image: {why(error)}") from error
     if extension:
         return data, extension
     file = io.BytesIO()
@@ -241,6 +241,7 @@ def _missing(root: Path, found: str) -> FileNotFoundError:
         contents="135,000 images of 100 classes in parquet shards: train 117,000, validation 13,000, test 5,000",
         size="17.4 GB",
         published=f"https://huggingface.co/datasets/{REPOSITORY} at {REVISION}; fetch it by: {COMMAND} download {root}",
+        parameter="`imagenet100_root` (04 and 10: `extra_image_roots`; 07: `root` in `datasets`)",
     )
 
 

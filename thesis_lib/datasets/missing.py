@@ -6,19 +6,19 @@ from pathlib import Path
 
 
 def missing(
-    root: Path, found: str, *, name: str, contents: str, size: str, published: str, parameter: str = "dataset_root"
+    root: Path, found: str, *, name: str, contents: str, size: str, published: str, parameter: str = "`dataset_root`"
 ) -> FileNotFoundError:
     """Make the error for a data set that is not at `root`.
 
-    It says what was found there instead, what the set is, its size, where it is published and which parameter points
-    to a copy.
+    It says what was found there instead, what the set is, its size, where it is published and which parameter, or
+    which of them, points to a copy.
     """
     return FileNotFoundError(
         f"{name} is not at {root}: {found}.\n"
         f"  what:      {contents}\n"
         f"  size:      {size}\n"
         f"  published: {published}\n"
-        f"  then:      set the notebook parameter `{parameter}` to the folder that holds it"
+        f"  then:      set the notebook parameter {parameter} to the folder that holds it"
     )
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from thesis_lib import paths
@@ -24,7 +24,8 @@ from thesis_lib.datasets.pixel_store import Index, Record, Store
 
 COMMIT_EVERY = 256
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# What Pillow's decoders raise at damaged files: RuntimeError those of AVIF and DDS, AttributeError that of SPIDER.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, AttributeError, Image.DecompressionBombError)
 
 
 class Source(Protocol):
@@ -57,8 +58,13 @@ def read_rgb(data: bytes, name: object) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
     except UNREADABLE as error:
-        raise ValueError(f"{name} is not a whole image: {error}") from error
+        raise ValueError(f"{name} is not a whole image: {why(error)}") from error
     return rgb(image, name)
+
+
+def why(error: Exception) -> object:
+    """Say why bytes are no image: always in the same words, while Pillow's name a place in memory."""
+    return "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
 
 
 def rgb(image: Image.Image, name: object = "") -> Image.Image:
