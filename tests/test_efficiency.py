@@ -176,7 +176,14 @@ def test_what_cannot_be_measured_is_a_row_with_a_note(monkeypatch):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"mixer": "pol"}, {"name": "vit_smal_patch16_224"}, {"dtype": "float31"}, {"mode": "jit"}, {"sdpa": "fash"}],
+    [
+        {"mixer": "pol"},
+        {"name": "vit_smal_patch16_224"},
+        {"dtype": "float31"},
+        {"mode": "jit"},
+        {"sdpa": "fash"},
+        {"device": "gpu"},
+    ],
     ids=str,
 )
 def test_misspelt_names_are_errors_not_rows(wrong):
@@ -254,6 +261,31 @@ def test_one_configuration_from_the_command_line(tmp_path):
     assert {row["metric"] for row in rows} == expected | {"training_step", "training_memory"}
     assert all(row["threads"] == 1 and row["sdpa_pinned"] == "math" and "samples" not in row for row in rows)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--mixer pol", "error: unknown mixer 'pol' (did you mean pool?)"),
+        ("--backbone vit_smal", "'vit_smal'; near ones"),
+        ("--dtype float31", "error: unknown dtype 'float31'"),
+        ("--device gpu", "error: no device 'gpu' here"),
+        ("--output nowhere/rows.json", "error: [Errno 2] No such file or directory: 'nowhere/rows.json'"),
+        ("--output .", "error: [Errno 21] Is a directory"),
+        ("--batch 1 0", "argument --batch: 0 is no whole number of at least 1"),
+        ("--runs 0", "argument --runs: 0 is no whole number of at least 1"),
+        ("--threads two", "argument --threads: two is no whole number of at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_as_asked_ends_the_command_before_it_starts(
+    monkeypatch, tmp_path, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(efficiency, "exact_rows", lambda *_, **__: pytest.fail("it measured"))
+    with pytest.raises(SystemExit) as ended:
+        efficiency.main(words.split())
+    *_, last = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and message in last
 
 
 def die(*_, **__):

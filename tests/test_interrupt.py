@@ -33,13 +33,13 @@ def test_interrupted_tuning_gives_the_same_rows(tmp_path):
     content = yaml.safe_load((paths.PROFILES / "smoke.yaml").read_text())
     notebook = content[NAME.split("-")[0]]
     notebook["lora"] |= {"epochs": 3, "max_batches": 4}
-    profile = tmp_path / "smoke.yaml"
+    profile = tmp_path / "few.yaml"
     profile.write_text(yaml.safe_dump(content))
     rows = {}
     for name in ("whole", "interrupted"):
         folder = tmp_path / name
         synthetic.write_nights(folder / notebook["dataset_root"], {"train": 70, "val": 24, "test": 24}, workers=1)
-        models = folder / "results/smoke/models"
+        models = folder / "results/few/models"
         process = command(folder, profile)
         if name == "interrupted":
             deadline = time.time() + 400
@@ -49,9 +49,9 @@ def test_interrupted_tuning_gives_the_same_rows(tmp_path):
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=120)
             assert process.returncode == 130
-            assert not (folder / f"results/smoke/{NAME}.parquet").exists()
+            assert not (folder / f"results/few/{NAME}.parquet").exists()
             process = command(folder, profile)
         finished(process)
-        rows[name] = [pd.read_parquet(folder / f"results/smoke/{NAME}{part}.parquet") for part in ("", ".triplets")]
+        rows[name] = [pd.read_parquet(folder / f"results/few/{NAME}{part}.parquet") for part in ("", ".triplets")]
     for whole, interrupted in zip(*rows.values(), strict=True):
         pd.testing.assert_frame_equal(whole, interrupted, check_exact=True)

@@ -16,6 +16,7 @@ import pytest
 
 from thesis_lib import paths, pipeline, report, results
 
+PROFILES = sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
 SCORE = """{"metric": "2afc", "value": 0.5, "low": 0.4, "high": 0.6, "unit": "1", "n": 9, "split": "test",
     "mixer": mixer, "stage": "zero-shot"}"""
 EVALUATE = f"""\
@@ -37,7 +38,8 @@ def house(tmp_path):
     for name in ("notebooks", "profiles"):
         (tmp_path / name).mkdir()
     notebook = nbformat.v4.new_notebook()
-    first = nbformat.v4.new_code_cell('profile = "demo"\nmixer = "mha"', metadata={"tags": ["parameters"]})
+    defaults = 'profile = "demo"\nmixer = "mha"\ndevice = "cpu"'
+    first = nbformat.v4.new_code_cell(defaults, metadata={"tags": ["parameters"]})
     notebook.cells = [first, nbformat.v4.new_code_cell(EVALUATE)]
     nbformat.write(notebook, tmp_path / "notebooks" / "02_attention_evaluation.ipynb")
     variants = "variants: {02_attention_evaluation: {mixer: [mha, pool]}}\n"
@@ -158,11 +160,21 @@ def test_a_failed_run_ends_with_the_traceback_and_where_to_look(alone, tmp_path,
     path = tmp_path / "demo" / "notebooks" / "02_toy-pool.failed.ipynb"
     path.parent.mkdir(parents=True)
     text = json.dumps({"metadata": {"failure": "in In [4]\n" + "x\n" * 50 + "ValueError: what was wrong"}})
-    alone.append(f"open({str(path)!r}, 'w').write({text!r}); exit(3)")
+    begin = f"import os; os.mkdir({str(tmp_path / 'demo' / '.staging')!r})"
+    alone.append(f"{begin}; open({str(path)!r}, 'w').write({text!r}); exit(3)")
     assert pipeline.run("demo", []) == 3
     error = capsys.readouterr().err
     assert "02_toy-pool failed" in error and "ValueError: what was wrong" in error and str(path) in error
     assert error.count("x\n") < 30 and "goes on from there" in error
+
+
+def test_where_no_job_began_nothing_is_said_to_be_kept(alone, tmp_path, capsys):
+    earlier = tmp_path / "demo" / ".staging"
+    earlier.mkdir(parents=True)
+    os.utime(earlier, (0, 0))
+    alone.append("exit(2)")
+    assert pipeline.run("demo", ["--dry"]) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_two_runs_do_not_fill_the_same_results(alone, tmp_path, capsys):
@@ -184,7 +196,61 @@ def test_two_runs_do_not_fill_the_same_results(alone, tmp_path, capsys):
 
 def test_a_profile_that_does_not_exist_is_refused_with_those_there_are(capsys):
     assert pipeline.main(["--profile", "demp"]) == 2
-    assert "there are demo, smoke, thesis" in capsys.readouterr().err
+    assert f"there are {', '.join(PROFILES)}, or the path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ("01_data_preparation: {dataset_rot: /x}", "no parameter 'dataset_rot'; did you mean dataset_root?"),
+        ("10_proposed_model: {rounds: many}", "10_proposed_model.ipynb: rounds is int"),
+        ("10_proposed_model: {3: 4}", "no parameter 3"),
+        ("variants: {02_attention_evaluation: {mixr: [mha]}}", "no parameter 'mixr'"),
+        ("variants: {02_attention_evaluation: {attention_module: [mha, 3]}}", "attention_module is str"),
+        ("- demo", "mine.yaml holds no sections"),
+        ("demo", "mine.yaml holds no sections"),
+        ("jobs: [1", "mine.yaml is not readable as YAML"),
+        ("jobs:\n\tthreads: 1", "mine.yaml is not readable as YAML"),
+        (b"jobs: {threads: \xff}", "mine.yaml is not readable as YAML"),
+        ("extends: [demo]", "mine.yaml: extends: ['demo'] is not"),
+        ("01_data_preparation: 5", "mine.yaml: 01_data_preparation: 5 is no mapping"),
+        ("jobs: 4", "mine.yaml: jobs: 4 is no mapping"),
+        ("1: {}", "mine.yaml: section 1 is no notebook's name"),
+        ("variants: [mha]", "mine.yaml: variants: ['mha'] is no mapping"),
+        ("variants: {02_attention_evaluation: [mha]}", "variants: 02_attention_evaluation: ['mha'] is no mapping"),
+        ("variants: {02_attention_evaluation: {attention_module: mha}}", "is no mapping"),  # not of three letters
+        ("jobs: {threads: 1}\njobs: {threads: 2}", "the key jobs stands twice"),
+        ("01_data_preparation: {seed: 1, seed: 2}", "the key seed stands twice"),
+    ],
+)
+def test_a_profile_is_checked_before_anything_starts(monkeypatch, tmp_path, capsys, profile, message):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(profile if isinstance(profile, bytes) else profile.encode())
+    monkeypatch.setattr(pipeline, "run", lambda profile, options: pytest.fail("it started"))
+    assert pipeline.main(["--profile", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_would_write_into_the_results_of_another_profile_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pipeline, "run", lambda profile, options: 0)
+    (tmp_path / "demo.yaml").write_text("extends: demo\n")
+    assert pipeline.main(["--profile", str(tmp_path / "demo.yaml")]) == 2
+    assert "results of profiles/demo.yaml: rename it" in capsys.readouterr().err
+    assert pipeline.main(["--profile", str(paths.PROFILES / "demo.yaml")]) == 0
+
+
+@pytest.mark.parametrize("words", [["smoke"], ["-n", "smoke"], ["--profil", "smoke"]])
+def test_a_profile_without_its_option_is_asked_after(monkeypatch, capsys, words):
+    monkeypatch.setattr(pipeline, "run", lambda profile, options: pytest.fail("it started"))
+    assert pipeline.main(words) == 2
+    assert "did you mean --profile smoke?" in capsys.readouterr().err
+
+
+def test_help_lists_the_profiles_there_are(capsys):
+    with pytest.raises(SystemExit):
+        pipeline.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(PROFILES) in text
 
 
 @pytest.mark.parametrize("name", ["mine.yaml", "mine.yml"])

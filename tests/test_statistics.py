@@ -134,6 +134,8 @@ def test_recovered_share_of_a_barely_resolved_loss_is_finite():
     [
         (lambda: bootstrap_mean([]), "no items"),
         (lambda: bootstrap_mean([0.0, math.nan, math.nan]), "2 of 3 scores are NaN"),
+        (lambda: bootstrap_mean([0.0, math.inf]), "1 of 2 scores are NaN or infinite"),
+        (lambda: bootstrap_mean([0.0, 1.0], resamples=0), "resamples=0 must be at least 1"),
         (lambda: bootstrap_mean(np.ones((3, 2))), "vectors"),
         (lambda: bootstrap_mean([0.0, 1.0], level=95), "level=95"),
         (lambda: paired_difference([1, 0], [1, 0, 1]), r"\(2,\), \(3,\)"),

@@ -166,7 +166,7 @@ def test_thesis_profile_runs_through_on_small_published_trees(data, tmp_path):
     shrink(profile)
     profile["variants"] = {name: axes for name, axes in profile["variants"].items() if name not in VARIANTS} | VARIANTS
     profile["jobs"] = {"threads": 1}
-    path = tmp_path / "thesis.yaml"
+    path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(profile))
 
     call = [sys.executable, "-m", "thesis_lib.pipeline", "--profile", str(path), "--cores", "1"]  # others run the tests
@@ -174,7 +174,7 @@ def test_thesis_profile_runs_through_on_small_published_trees(data, tmp_path):
     done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
-    results = data / "results/thesis"
+    results = data / "results/small"
     expected = [notebook.stem for notebook in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")]
     made = {file.stem.split("-")[0].split(".")[0] for file in results.glob("*.parquet")}
     assert made == set(expected)
@@ -185,9 +185,9 @@ def test_thesis_profile_runs_through_on_small_published_trees(data, tmp_path):
     assert set(compared["stage"]) == {"zero-shot", "lora", "distilled"}
     assert set(zip(compared["backbone"], compared["image_size"], strict=True)) == {(DINO, 224)}
     assert set(rows.loc[rows["stage"] == "sweep", "backbone"]) == {DINO, DINOV2}
-    assert (tmp_path / "figures/thesis/tables/mixer_comparison.tex").is_file()
+    assert (tmp_path / "figures/small/tables/mixer_comparison.tex").is_file()
     if shutil.which("pdflatex"):  # names of the timm kind stand in its notes
         shutil.copy(paths.ROOT / "figures" / "thesis_preview.tex", tmp_path / "figures")
-        call = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", r"\def\profile{thesis}\input{thesis_preview}"]
+        call = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", r"\def\profile{small}\input{thesis_preview}"]
         log = subprocess.run(call, cwd=tmp_path / "figures", capture_output=True, text=True, errors="replace")
         assert log.returncode == 0, log.stdout[-2000:]

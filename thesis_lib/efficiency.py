@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -76,7 +77,7 @@ def measure(
     may run, of BACKENDS. complete: False leaves out what one visit is enough for (counts, memory, profile, training).
     A grid that is not served, and what this machine cannot do (see `refusal`), become rows without a value and with a
     note; larger batches are then skipped.
-    Raises ValueError for an unknown backbone, mixer, dtype, mode or kernel.
+    Raises ValueError for an unknown backbone, mixer, dtype, mode or kernel and for a device that is not here.
     """
     attention.get(mixer)
     with torch.device("meta"):
@@ -86,8 +87,12 @@ def measure(
         raise ValueError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
     if mode not in MODES or sdpa not in (None, *BACKENDS):
         raise ValueError(f"mode={mode!r}, sdpa={sdpa!r}: modes are {', '.join(MODES)}, kernels {', '.join(BACKENDS)}")
-    if threads:
-        torch.set_num_threads(threads)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
+        raise ValueError(f"no device {device!r} here: {error}") from error
+    torch.backends.cudnn.allow_tf32 = False  # float32 means that, in convolutions as in products
+    torch.set_num_threads(threads or torch.get_num_threads())
     torch.manual_seed(seed)
     common = {"backbone": name, "mixer": mixer, "image_size": image_size, "dtype": dtype, "device": device}
     common |= {"mode": mode, "sdpa_pinned": sdpa, "threads": torch.get_num_threads(), "seed": seed, "note": None}
@@ -112,8 +117,7 @@ def measure(
                 pending.append(2 * batch)
             best = max(best, rate)
         if train_batch and complete and mode == "eager":
-            metrics = ("training_step", "training_memory")
-            rows += _attempt(metrics, _train, model, train_batch, kind, device, timing)
+            rows += _attempt(("training_step", "training_memory"), _train, model, train_batch, kind, device, timing)
     return [common | found for found in rows]
 
 
@@ -143,8 +147,7 @@ def _attempt(
             raise
         return [{"batch": batch} | gap for gap in missing(metrics, note)]
     finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing where CUDA is not in use
 
 
 def _at_batch(
@@ -165,8 +168,12 @@ def _at_batch(
     if batch == 1:
         rows.append(median_row("latency", 1e3 * times) | beside)
     if batch == 1 and mode == "eager" and class_token.applies(model):
-        times, beside = time_beside(functools.partial(class_token.last_class_token, model), x, **timing)
-        rows.append(median_row("latency_cls", 1e3 * times) | beside)
+
+        def alone(model: VisionTransformer, batch: int) -> list[dict]:  # a kernel may refuse its single query
+            times, beside = time_beside(functools.partial(class_token.last_class_token, model), x, **timing)
+            return [median_row("latency_cls", 1e3 * times) | beside]
+
+        rows += _attempt(("latency_cls",), alone, model, batch)
     if complete:
         rows += time_split(function, x) if mode == "eager" and batch == 1 else []
         rows += energy(function, x) if x.is_cuda else []
@@ -207,8 +214,8 @@ def quiet_moments(rows: Iterable[dict]) -> dict[tuple, float]:
 
 def quiet_rounds(rows: Iterable[dict], moments: dict[tuple, float]) -> float:
     """Count the rounds that the machine left alone, in the series that has fewest; inf where nothing is timed."""
-    counts = [sum(_quiet(found, moments) for found in _timed(rounds)) for rounds in _merged(rows) if _timed(rounds)]
-    return min(counts, default=math.inf)
+    merged = _merged(found for found in rows if "samples" in found)
+    return min((sum(_quiet(found, moments) for found in rounds) for rounds in merged), default=math.inf)
 
 
 def pool_rounds(rows: Iterable[dict]) -> pd.DataFrame:
@@ -231,20 +238,15 @@ def _merged(rows: Iterable[dict]) -> list[list[dict]]:
     return list(merged.values())
 
 
-def _timed(rounds: Sequence[dict]) -> list[dict]:
-    return [found for found in rounds if "samples" in found]
-
-
 def _quiet(found: dict, moments: dict[tuple, float]) -> bool:
-    if "yardstick" not in found:
-        return True
-    return found["yardstick"] <= DISTURBED * moments[found.get("device"), found.get("threads")]
+    where = found.get("device"), found.get("threads")
+    return "yardstick" not in found or found["yardstick"] <= DISTURBED * moments[where]
 
 
 def _pooled(rounds: Sequence[dict], moments: dict[tuple, float]) -> dict:
     told = {key: value for found in reversed(rounds) for key, value in found.items()}  # by the first that says it
     told.pop("yardstick", None)
-    timed = _timed(rounds)
+    timed = [found for found in rounds if "samples" in found]
     if not timed:
         return told
     beside_quiet = [found for found in timed if _quiet(found, moments)]
@@ -256,36 +258,42 @@ def _pooled(rounds: Sequence[dict], moments: dict[tuple, float]) -> dict:
     return told | pooled | {"rounds": len(timed), "disturbed": disturbed, "note": timed[-1].get("note")}
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure one configuration in this process and print its rows as JSON, or write them to --output."""
     parser = argparse.ArgumentParser(prog="python -m thesis_lib.efficiency", description=main.__doc__)
     parser.add_argument("--backbone", default="demo")
     parser.add_argument("--mixer", default="mha")
-    parser.add_argument("--image-size", type=int)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes")
+    parser.add_argument("--image-size", type=_count)
+    parser.add_argument("--batch", type=_count, nargs="+", default=[1], help="batch sizes")
     parser.add_argument("--best-batch", action="store_true", help="double the batch while the throughput rises")
-    parser.add_argument("--train-batch", type=int, default=0, help="batch of a training step (default: none)")
+    parser.add_argument("--train-batch", type=_count, default=0, help="batch of a training step (default: none)")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--mode", default="eager", choices=MODES)
     parser.add_argument("--sdpa", choices=BACKENDS, help="the one attention kernel that may run (default: any)")
-    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--runs", type=_count, default=50)
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=10.0, help="time limit of one series of runs")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=_count)
     parser.add_argument("--layers", type=int, nargs="+", help="layers that get the mixer (default: all)")
     parser.add_argument("--options", type=json.loads, default={}, help='mixer options as JSON, {"ratio": 2}')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="file to write; default: print")
     settings = vars(parser.parse_args(arguments))
-    output = settings.pop("output")
-    rows = measure(settings.pop("backbone"), batch_sizes=settings.pop("batch"), **settings)
-    text = json.dumps([{key: value for key, value in found.items() if key != "samples"} for found in rows], indent=1)
-    if output:
-        with open(output, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-    else:
-        print(text)
+    try:
+        if output := settings.pop("output"):
+            open(output, "a").close()  # that it can be written is known before minutes are spent
+        rows = measure(settings.pop("backbone"), batch_sizes=settings.pop("batch"), **settings)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+    text = json.dumps([{key: found[key] for key in found if key != "samples"} for found in rows], indent=1)
+    Path(output).write_text(text + "\n", encoding="utf-8") if output else print(text)
 
 
 if __name__ == "__main__":

@@ -132,19 +132,25 @@ def _report_failures(folder: Path, start: float) -> None:
         name = path.name.removesuffix(".failed.ipynb")
         print(f"\n{name} failed: " + "\n".join(failure.splitlines()[-25:]), file=sys.stderr)
         print(f"the notebook as far as it came: {path}", file=sys.stderr)
-    print(f"\nNot finished. {KEPT}", file=sys.stderr)
+    begun = folder.parent / ".staging"  # every job makes its folder there; without one, snakemake has said why
+    if begun.is_dir() and begun.stat().st_mtime >= start:
+        print(f"\nNot finished. {KEPT}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Split the profile from snakemake's options, check it before anything starts, and run."""
     parser = argparse.ArgumentParser(prog="./run_all.sh", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--profile", default="demo", help="smoke, demo (default), thesis, or the path of a .yaml file")
+    known = profiles.names()
+    text = f"{', '.join(known)} (default: demo), or the path of a .yaml file"
+    parser.add_argument("--profile", default="demo", help=text)
     options, rest = parser.parse_known_args(arguments)
     if options.profile.endswith((".yaml", ".yml")) and Path(options.profile).exists():
         options.profile = str(Path(options.profile).resolve())  # snakemake runs in another directory
     try:
-        profiles.load(options.profile)
+        if meant := [word for word in rest if word in known]:
+            raise ValueError(f"{meant[0]} is a profile: did you mean --profile {meant[0]}?")
+        profiles.check_all(profiles.load(options.profile))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

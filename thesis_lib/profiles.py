@@ -23,13 +23,28 @@ from thesis_lib import paths
 RESERVED = {"variants", "jobs"}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice: of two the last would hold, and nobody be told."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for count, (key, _) in enumerate(node.value):
+            if key.value in keys[:count]:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+        return node
+
+
 def load(profile: str, *, folder: Path = paths.NOTEBOOKS) -> dict[str, dict]:
     """Read profiles/<profile>.yaml, or the file that `profile` names if it ends in .yaml or .yml.
 
-    Raises FileNotFoundError with the profiles there are, ValueError for a section or variant without a notebook in
-    `folder`, for a number that YAML takes for text (1e-4) and for profiles that extend each other.
+    Raises FileNotFoundError with the profiles there are, ValueError for what is no profile (see `_read`), for a section
+    or variant without a notebook in `folder`, for a number that YAML takes for text (1e-4), for profiles that extend
+    each other and for a file of another folder that has the name of one in profiles/.
     """
     path, content = _file(profile), {"variants": {}}
+    if path.stem in names() and path != _file(path.stem):
+        raise ValueError(f"{path} would write into the results of profiles/{path.stem}.yaml: rename it")
     chain = [path]
     while base := (_read(chain[-1]).get("extends")):
         chain.append(_file(base, beside=chain[-1].parent))
@@ -47,16 +62,35 @@ def load(profile: str, *, folder: Path = paths.NOTEBOOKS) -> dict[str, dict]:
     return content
 
 
+def names() -> list[str]:
+    """Return the names of the profiles in profiles/."""
+    return sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
+
+
 def _file(profile: str, beside: Path = Path()) -> Path:
     path = beside / profile if profile.endswith((".yaml", ".yml")) else paths.PROFILES / f"{profile}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in paths.PROFILES.glob("*.yaml")))
-        raise FileNotFoundError(f"no profile {profile!r}: there are {known}, or the path of a .yaml file")
+        raise FileNotFoundError(f"no profile {profile!r}: there are {', '.join(names())}, or the path of a .yaml file")
     return path.resolve()
 
 
 def _read(path: Path) -> dict:
-    return yaml.safe_load(path.read_text()) or {}
+    """Return what one file holds itself; ValueError, with its name, unless its sections are mappings."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no sections, but {content!r}")
+    for section, values in content.items():
+        if section == "extends" and not isinstance(values, str):
+            raise ValueError(f"{path.name}: extends: {values!r} is not the name of one profile")
+        if section != "extends" and not isinstance(values, dict | None):
+            raise ValueError(f"{path.name}: {section}: {values!r} is no mapping, 'name: value'")
+    for notebook, axes in (content.get("variants") or {}).items():
+        if not isinstance(axes, dict) or not all(isinstance(values, list) for values in axes.values()):
+            raise ValueError(f"{path.name}: variants: {notebook}: {axes!r} is no mapping, 'parameter: [value, value]'")
+    return content
 
 
 def runs(content: dict[str, dict], notebook: str) -> dict[str, dict[str, Any]]:
@@ -115,9 +149,16 @@ def check(values: dict[str, Any], notebook: Path) -> None:
             )
 
 
-def near(name: str, known) -> str:
+def check_all(content: dict[str, dict]) -> None:
+    """Check every section of a profile, and every run's parameters, as `check` does."""
+    for section in sorted({*content, *content["variants"]} - RESERVED):
+        for values in [content.get(section, {}), *runs(content, section).values()]:
+            check(values, paths.NOTEBOOKS / f"{section}.ipynb")
+
+
+def near(name: object, known) -> str:
     """Return the end of a message about an unknown name: the names near it, or all that are known."""
-    close = difflib.get_close_matches(name, known)
+    close = difflib.get_close_matches(str(name), known)
     return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(sorted(known)) or 'none'}"
 
 

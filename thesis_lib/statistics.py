@@ -41,7 +41,7 @@ def bootstrap_mean(values: ArrayLike, *, level: float = 0.95, resamples: int = 1
     """Return the mean with its percentile bootstrap interval.
 
     values: (n,), one score an item. A single item or equal items give low = high = value.
-    Raises ValueError for no items or NaN.
+    Raises ValueError for no items, NaN or infinite ones.
     """
     (values,) = _items(values)
     value, low, high = _interval(values, level, resamples, seed)
@@ -55,7 +55,7 @@ def paired_difference(
 
     The p-value is the two-sided exact McNemar test (McNemar 1947): a binomial test on the items where one wins; with
     scores between 0 and 1 it is the sign test. Where neither ever wins it is 1.
-    Raises ValueError for different lengths, no items or NaN.
+    Raises ValueError for different lengths, no items, NaN or infinite ones.
     """
     a, b = _items(a, b)
     wins, losses = int((a > b).sum()), int((a < b).sum())
@@ -77,7 +77,7 @@ def recovered_share(
 
     1 means that all of the lost score came back, 0 none, negative values that it fell further. Where the interval of
     the loss itself reaches zero there is no resolved loss to recover: value, low and high are NaN.
-    Raises ValueError for different lengths, no items or NaN.
+    Raises ValueError for different lengths, no items, NaN or infinite ones.
     """
     full, degraded, recovered = _items(full, degraded, recovered)
     loss, gain = resampled_means(np.stack([full - degraded, recovered - degraded], axis=1), resamples, seed).T
@@ -97,9 +97,9 @@ def _items(*columns: ArrayLike) -> list[NDArray[np.float64]]:
         raise ValueError(f"Scores must be vectors over the same items, got shapes {[a.shape for a in arrays]}.")
     if arrays[0].size == 0:
         raise ValueError("There are no items to average.")
-    missing = sum(int(np.isnan(a).sum()) for a in arrays)
-    if missing:
-        raise ValueError(f"{missing} of {sum(a.size for a in arrays)} scores are NaN.")
+    wrong = sum(int((~np.isfinite(a)).sum()) for a in arrays)
+    if wrong:
+        raise ValueError(f"{wrong} of {sum(a.size for a in arrays)} scores are NaN or infinite.")
     return arrays
 
 
@@ -114,7 +114,10 @@ def resampled_means(items: NDArray[np.float64], resamples: int, seed: int) -> ND
 
     Equal rows are drawn together: how often each distinct row occurs in a resample is multinomial, which is the same
     distribution as drawing indices, and hundreds of times faster for 2AFC scores.
+    Raises ValueError for fewer than one resample.
     """
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples} must be at least 1.")
     rows, counts = np.unique(items, axis=0, return_counts=True)  # (m, k), (m,)
     rng = np.random.default_rng(seed)
     sizes = np.diff(np.append(np.arange(0, resamples, max(1, BLOCK // len(rows))), resamples))

@@ -86,6 +86,26 @@ def test_an_unreadable_is_imagenet_is_refused(tmp_path):
         NIGHTS(write(tmp_path, [triplet(3), triplet(4, imagenet="maybe")]), "test")
 
 
+def test_blanks_around_a_split_are_no_part_of_it(tmp_path):
+    root = write(tmp_path, [triplet(3), triplet(4, split=" test "), triplet(5, split="train")])
+    assert NIGHTS(root, "test").ids.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"split": "tst"}, "a split that is none of train, val, test; first: .*'id': 4"),
+        ({"split": "Train"}, "a split that is none of train, val, test; first: .*'id': 4"),
+        ({"id": None}, "no id; first: .*004.png"),
+        ({"id": 3}, "the id of a row above; first: .*004.png"),
+    ],
+)
+def test_a_row_of_no_split_or_without_an_id_of_its_own_is_refused(tmp_path, changed, message):
+    root = write(tmp_path, [triplet(3), triplet(4) | changed, triplet(5)], images=False)
+    with pytest.raises(ValueError, match=rf"data\.csv: 1 rows with {message}"):
+        NIGHTS(root, "test")
+
+
 def test_max_samples_is_a_fixed_balanced_nested_subset(tmp_path):
     rows = [triplet(k, right=int(k < 30), imagenet="TRUE" if k % 3 else "FALSE") for k in range(60)]
     root = write(tmp_path, rows, images=False)
@@ -95,8 +115,9 @@ def test_max_samples_is_a_fixed_balanced_nested_subset(tmp_path):
     assert set(small.ids) < set(large.ids) and len(large) == 24
     assert small.right_vote.sum() == 6 and small.is_imagenet.sum() == 8
     assert small.ids.tolist() != list(range(0, 60, 5)) and len(NIGHTS(root, "test", max_samples=999)) == 60
-    with pytest.raises(ValueError, match="max_samples must be at least 1"):
-        NIGHTS(root, "test", max_samples=0)
+    for wrong in (0, 1.5, "3"):
+        with pytest.raises(ValueError, match=f"max_samples must be a whole number from 1, .* got {wrong!r}"):
+            NIGHTS(root, "test", max_samples=wrong)
 
 
 def test_a_missing_root_says_what_where_how_large_and_what_to_do(tmp_path):

@@ -13,7 +13,8 @@ from PIL import Image
 from thesis_lib.datasets.missing import choose, missing
 from thesis_lib.datasets.pixels import read_rgb
 
-SPLITS = ("train", "val", "test", "test_imagenet", "test_no_imagenet", "all")
+OWN_SPLITS = ("train", "val", "test")  # as the csv names them
+SPLITS = (*OWN_SPLITS, "test_imagenet", "test_no_imagenet", "all")
 IMAGES = ["ref_path", "left_path", "right_path"]
 COLUMNS = ["id", "left_vote", "right_vote", "votes", *IMAGES, "split", "is_imagenet"]
 TRUTH = {"TRUE": True, "1": True, "1.0": True, "FALSE": False, "0": False, "0.0": False}
@@ -36,8 +37,8 @@ class NIGHTS:
         self, root: str | Path, split: str = "test", min_votes: int = 6, max_samples: int | None = None
     ) -> None:
         choose(split, SPLITS, "NIGHTS split")
-        if max_samples is not None and max_samples < 1:
-            raise ValueError(f"max_samples must be at least 1, or None for all of the split; got {max_samples}")
+        if max_samples is not None and not (isinstance(max_samples, int | np.integer) and max_samples >= 1):
+            raise ValueError(f"max_samples must be a whole number from 1, or None for all; got {max_samples!r}")
         self.root = Path(root).expanduser()
         self.split = split
         self.csv = self.root / "data.csv"
@@ -77,6 +78,10 @@ class NIGHTS:
             table[name] = numbers
         for name in (*IMAGES, "split"):
             self._refuse(table, ~table[name].map(lambda cell: isinstance(cell, str)), f"no text in the column {name}")
+        table["split"] = table["split"].str.strip()
+        self._refuse(table, ~table["split"].isin(OWN_SPLITS), f"a split that is none of {', '.join(OWN_SPLITS)}")
+        self._refuse(table, table["id"].isna(), "no id")
+        self._refuse(table, table["id"].duplicated(), "the id of a row above")
         truth = table["is_imagenet"].str.strip().str.upper().map(TRUTH)
         self._refuse(table, truth.isna(), "an is_imagenet that is none of TRUE, FALSE, 1, 0")
         return table.assign(is_imagenet=truth.astype(bool))
