@@ -163,9 +163,9 @@ def test_a_curve_interpolates_in_logarithms_and_holds_at_its_ends():
 def test_ceilings_are_measured_in_their_units_for_every_family(monkeypatch):
     calls, plain = [], ceilings._families
 
-    def few(make):
+    def few(make, device):
         corners = lambda axes: tuple((axis[0], axis[1]) for axis in axes)
-        return {name: (corners(axes), build) for name, (axes, build) in plain(make).items()}
+        return {name: (corners(axes), build) for name, (axes, build) in plain(make, device).items()}
 
     def clock(call, device, budget):
         call()
@@ -178,9 +178,11 @@ def test_ceilings_are_measured_in_their_units_for_every_family(monkeypatch):
     found = ceilings.measure()
     recorded = {op.family for mixer in attention.MIXERS for op in cost_model.record(tiny(mixer), 1, (32, 32))}
     assert recorded <= set(found.curves) and found.matmul() > 0
-    call, work = plain(torch.rand)["mm"][1](3, 4, 5)
+    call, work = plain(torch.rand, "cpu")["mm"][1](3, 4, 5)
     assert call().shape == (3, 4) and work == 60
-    call, work = plain(torch.rand)["attention"][1](3, 4, 32)
+    grown = plain(torch.rand, "cuda")["add"][0][0]
+    assert grown[:-2] == plain(torch.rand, "cpu")["add"][0][0] and grown[-1] == 2**27  # past a GPU's cache
+    call, work = plain(torch.rand, "cpu")["attention"][1](3, 4, 32)
     assert call().shape == (1, 8, 3, 32) and work == 8 * 2 * 3 * 4 * 32
     rows = found.rows()
     assert {row["unit"] for row in rows} == {"us", "MAC/s", "element/s"}

@@ -65,3 +65,9 @@ def test_hidden_gpus_are_none(monkeypatch, hidden):
     assert gpu.visible() == []
     with gpu.one() as held:
         assert held is None
+
+
+def test_under_torchrun_cuda_is_the_process_own_gpu(monkeypatch):
+    assert gpu.own("cuda") == "cuda" and gpu.own("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert gpu.own("cuda") == "cuda:3" and gpu.own("cpu") == "cpu"

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from thesis_lib import backbone as backbones
+from thesis_lib import gpu
 from thesis_lib.attention.base import suggest
 from thesis_lib.attention_students import create_student, load_encoder
 from thesis_lib.attention_training import accuracy_row, predict, train_classifier
@@ -94,7 +95,7 @@ class Study:
             student, teacher, **transfer | ({"average": None} if examples else {}) | {"mode": mode}
         )
         if device:
-            model.to(device)
+            model.to(gpu.own(device))
         if examples:
             model.teacher.fix_maps(self._normalised(model))
         scale = self.batch_size * int(os.environ.get("WORLD_SIZE", "1")) / 256

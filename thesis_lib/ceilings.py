@@ -25,6 +25,7 @@ from thesis_lib.yardstick import DISTURBED, quiet, yardstick
 
 UNITS = {"mm": "MAC/s", "bmm": "MAC/s", "attention": "MAC/s", "convolution": "MAC/s", "depthwise": "MAC/s"}
 ELEMENTS = (2**9, 2**13, 2**16, 2**18, 2**20, 2**22)
+MORE_ELEMENTS = (2**24, 2**27)  # on a GPU, whose cache holds what lies below
 WIDTH = 128  # of the rows that elementwise operations run over
 MODEL_BYTES = 2**22  # of a small model's weights, more than a core's own cache holds
 PASSES = 2  # at most, over the points that the machine disturbed
@@ -101,7 +102,7 @@ def measure(
         torch.set_num_threads(threads)
     number, limit = getattr(torch, dtype), 2**27 if device == "cpu" else 2**37
     make = lambda *shape: torch.rand(*shape, device=device).to(number)
-    between, families, tasks = _others(make) if device == "cpu" else None, _families(make), {}
+    between, families, tasks = _others(make) if device == "cpu" else None, _families(make, device), {}
 
     def timed(build: Callable[..., tuple], sizes: Sequence[int], *, cold: bool) -> tuple[float, int]:
         call, work = build(*sizes)
@@ -201,7 +202,7 @@ def _with_cold_caches(between: Callable[[], object], result: Tensor) -> Callable
     return layer
 
 
-def _families(make: Callable[..., Tensor]) -> dict[str, tuple[tuple, Callable]]:
+def _families(make: Callable[..., Tensor], device: str) -> dict[str, tuple[tuple, Callable]]:
     """The plain operations: axes of sizes, and a builder that takes one size an axis and returns (call, work)."""
 
     def mm(m: int, n: int, k: int) -> tuple:
@@ -260,4 +261,5 @@ def _families(make: Callable[..., Tensor]) -> dict[str, tuple[tuple, Callable]]:
         "depthwise": (((WIDTH * 64, WIDTH * 1024), (9, 25)), depthwise),
     }
     singles = {"pool": pool, "transpose": transpose} | {name: rows(f) for name, f in elementwise.items()}
-    return products | {name: ((ELEMENTS,), build) for name, build in singles.items()}
+    elements = ELEMENTS + (() if device == "cpu" else MORE_ELEMENTS)
+    return products | {name: ((elements,), build) for name, build in singles.items()}

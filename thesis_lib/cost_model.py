@@ -63,7 +63,8 @@ MODULE = Operation("module", "module", "launches", launches=0)
 @functools.cache
 def kind(name: str) -> str:
     """Return the term that the time of an aten operation belongs to; views and mere wrappers only cost a launch."""
-    if name in PRODUCTS or any(part in name for part in ("scaled_dot_product", "mkldnn_conv", "cudnn_conv")):
+    products = ("scaled_dot_product", "attention_forward", "mkldnn_conv", "cudnn_conv")
+    if name in PRODUCTS or any(part in name for part in products):
         return "launches" if name == "scaled_dot_product_attention" else "matmul"
     if name in COPIES:
         return "copy"

@@ -30,6 +30,12 @@ def visible() -> list[str]:
     return query("index")
 
 
+def own(device: str) -> str:
+    """Name this process's own GPU, where torchrun started several on a machine and the device is "cuda"."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "cuda" and rank else device
+
+
 @contextlib.contextmanager
 def one() -> Iterator[str | None]:
     """Hold one of the visible GPUs alone, and show no other to this process; wait until one is free.

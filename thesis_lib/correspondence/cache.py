@@ -43,14 +43,14 @@ class Features:
     def __getitem__(self, place: int) -> dict[str, Tensor]:
         return {key: self.map(place, key) for key in self.keys}
 
-    def map(self, place: int, key: str) -> Tensor:
-        """Return one map of one image; ValueError names the keys there are."""
+    def map(self, place: int, key: str, device: str = "cpu") -> Tensor:
+        """Return one map of one image, in float32 on a device; ValueError names the keys there are."""
         if key not in self.keys:
             raise ValueError(f"there are no features {key!r}, only {', '.join(self.keys)}")
         shard = self._places[self.digests[place]]
         if shard not in self._open:
             self._open[shard] = safe_open(shard, framework="pt")
-        return self._open[shard].get_tensor(f"{self.digests[place]}/{key}").float()
+        return self._open[shard].get_tensor(f"{self.digests[place]}/{key}").to(device).float()
 
 
 @contextmanager

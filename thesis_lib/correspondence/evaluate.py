@@ -61,14 +61,14 @@ class FeatureMatcher:
             return self._combined(pair.source), self._combined(pair.target)
         columns = []
         for (maps, key), dims in zip(self.parts, self.co_pca, strict=True):
-            couple = [maps.map(place, key).to(self.device) for place in (pair.source, pair.target)]
+            couple = [maps.map(place, key, self.device) for place in (pair.source, pair.target)]
             columns.append(couple if dims is None else feature_maps.co_pca(*couple, dims))
         source, target = (feature_maps.combine(column, self.weights) for column in zip(*columns, strict=True))
         return source, target
 
     def _combined(self, place: int) -> Tensor:
         if place not in self._recent:
-            maps = [maps.map(place, key).to(self.device) for maps, key in self.parts]
+            maps = [maps.map(place, key, self.device) for maps, key in self.parts]
             self._recent[place] = feature_maps.combine(maps, self.weights)
             if len(self._recent) > RECENT:
                 self._recent.popitem(last=False)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from thesis_lib import backbone as backbones
 from thesis_lib.attention import suggest
+from thesis_lib.attention.soft import without_autocast
 from thesis_lib.checkpoint import digest
 from thesis_lib.datasets.missing import choose
 from thesis_lib.datasets.pixels import read_rgb
@@ -214,9 +215,10 @@ def combine(maps: Sequence[Tensor], weights: Sequence[float] | None = None) -> T
 def co_pca(source: Tensor, target: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     """Project two maps (C, h, w) onto the leading principal components of both together (Zhang et al. 2023)."""
     cells = torch.cat([source.flatten(1), target.flatten(1)], dim=1).mT  # (n, C)
-    centred = cells - cells.mean(0)
-    _, axes = torch.linalg.eigh(centred.mT @ centred)  # ascending
-    projected = centred @ axes[:, -min(dims, axes.shape[1]) :]  # (n, dims)
+    with without_autocast(cells):
+        centred = cells - cells.mean(0)
+        _, axes = torch.linalg.eigh(centred.mT @ centred)  # ascending
+        projected = centred @ axes[:, -min(dims, axes.shape[1]) :]  # (n, dims)
     first, second = projected.split([source[0].numel(), target[0].numel()])
     return first.mT.unflatten(1, source.shape[1:]), second.mT.unflatten(1, target.shape[1:])
 
@@ -224,10 +226,11 @@ def co_pca(source: Tensor, target: Tensor, dims: int) -> tuple[Tensor, Tensor]:
 def principal(maps: Tensor, dims: int) -> Tensor:
     """Return the leading principal components of maps (B, C, h, w) over all their cells: (B, dims, h, w)."""
     cells = maps.movedim(1, -1)  # (B, h, w, C)
-    centred = cells - cells.flatten(0, 2).mean(0)
-    flat = centred.flatten(0, 2)
-    _, axes = torch.linalg.eigh(flat.mT @ flat)
-    return (centred @ axes[:, -dims:].flip(1)).movedim(-1, 1)
+    with without_autocast(maps):  # a GPU has no decomposition in half precision
+        centred = cells - cells.flatten(0, 2).mean(0)
+        flat = centred.flatten(0, 2)
+        _, axes = torch.linalg.eigh(flat.mT @ flat)
+        return (centred @ axes[:, -dims:].flip(1)).movedim(-1, 1)
 
 
 def foreground(maps: Tensor) -> Tensor:

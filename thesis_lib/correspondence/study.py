@@ -157,7 +157,7 @@ class Study:
         with ExitStack() as stack:
             opened = [stack.enter_context(self.features(e, pairs)) for e in extractors]
             parts = list(zip(opened, keys, strict=True))
-            yield lambda place: combine([maps.map(place, key).to(self.device) for maps, key in parts])
+            yield lambda place: combine([maps.map(place, key, self.device) for maps, key in parts])
 
     def train(
         self,

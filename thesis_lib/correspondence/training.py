@@ -11,6 +11,7 @@ from torch import Tensor
 
 from thesis_lib import statistics
 from thesis_lib.attention import suggest
+from thesis_lib.attention.soft import without_autocast
 from thesis_lib.checkpoint import digest
 from thesis_lib.correspondence import objectives, pck
 from thesis_lib.correspondence.cache import features
@@ -131,7 +132,20 @@ def _objective(
     temperature: float,
 ) -> Tensor:
     found = model(batch["images"].float() / 255, batch["categories"])["student"]  # (2b, C, h, w)
-    source, target = found.chunk(2)
+    with without_autocast(found):  # cosines over a temperature of 0.01 need more digits than half precision has
+        return _score(*found.float().chunk(2), batch, taught, loss, sampling, count, temperature)
+
+
+def _score(
+    source: Tensor,
+    target: Tensor,
+    batch: dict[str, Any],
+    taught: bool,
+    loss: str,
+    sampling: str,
+    count: int,
+    temperature: float,
+) -> Tensor:
     grid, points = tuple(target.shape[2:]), batch["points"]
     generator = torch.Generator().manual_seed(int(batch["rows"].sum()))
     if not taught:
@@ -152,8 +166,11 @@ def _objective(
 @torch.no_grad()
 def validate(student: Student, pairs: Pairs, chosen: Sequence[int] | None = None, *, alpha: float = 0.1) -> float:
     """Return a student's PCK per point within alpha of the box, of some pairs or of all, keeping no features."""
-    device = str(next(student.parameters()).device)
-    with features(student, pairs.images, categories=pairs.categories, use_cache=False, progress=False) as maps:
+    like = next(student.parameters())
+    device = str(like.device)
+    options = {"categories": pairs.categories, "use_cache": False, "progress": False}
+    # In the precision that it is scored in later; in half precision pixels tie.
+    with without_autocast(like), features(student, pairs.images, **options) as maps:
         table = evaluate(FeatureMatcher(pairs, [(maps, "student")], device=device), chosen=chosen)
     return float(pck.correct(table, alpha, pck.Protocol()).mean())
 
