@@ -1,3 +1,4 @@
+import json
 import math
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import pytest
 import timm
 import torch
 from halting_models import VARIED, halting_vit, images, reference
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
 from torch.testing import assert_close
@@ -319,3 +322,38 @@ def test_files_that_cannot_be_loaded(tmp_path):
         load(tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match="registry"):
         save(AdaptiveViT(halting_vit()), tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"recipe": "["},
+        {"name": "hf-hub:nobody/nothing"},  # of which timm would ask the hub
+        {"name": "resnet18"},
+        {"name": "vit_tiny_patch16_224.nobody"},
+        {"name": None},
+        {"img_size": "64"},
+        {"num_classes": "five"},
+        {"halting": "{"},
+        {"halting": "[1]"},
+        {"halting": '{"x": 1}'},
+        {"halting": '{"gamma": "5"}'},
+    ],
+)
+def test_a_file_with_another_description_is_refused_by_name(tmp_path, wrong, monkeypatch):
+    path = save(AdaptiveViT(backbone.create("demo")), tmp_path / "good.safetensors")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    if changes := {k: v for k, v in wrong.items() if k not in metadata}:
+        metadata["recipe"] = json.dumps(json.loads(metadata["recipe"]) | changes)
+    save_file(load_file(path), tmp_path / "wrong.safetensors", metadata=metadata | (wrong if not changes else {}))
+    monkeypatch.setattr("timm.models._factory.load_model_config_from_hf", None)
+    with pytest.raises(ValueError, match="wrong.safetensors.* corrupt"):
+        load(tmp_path / "wrong.safetensors")
+
+
+def test_any_name_and_the_home_folder_will_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    demo = AdaptiveViT(backbone.create("demo"), Halting(eps=0.1))
+    assert save(demo, "~/deep/model.SAFETENSORS") == tmp_path / "deep" / "model.SAFETENSORS"
+    assert load("~/deep/model.SAFETENSORS").halting == demo.halting

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -90,10 +91,16 @@ def test_layers_count_from_either_end_and_leave_the_others_alone(plain):
     assert not torch.equal(plain(IMAGES), model(IMAGES))
 
 
-@pytest.mark.parametrize("layers", [[3], [-4], [0, 0], [0, -3], [], [1.0], [True], ["1"]])
+@pytest.mark.parametrize("layers", [[3], [-4], [0, 0], [0, -3], [], [1.0], [True], ["1"], 1])
 def test_impossible_layers_are_refused(layers):
     with pytest.raises(ValueError, match="layers=.*-3 to 2"):
         backbone.create("demo", "identity", layers=layers)
+
+
+def test_integers_of_numpy_are_integers():
+    model = backbone.create("demo", "identity", layers=np.arange(2), img_size=np.int64(64))
+    assert json.loads(json.dumps(model.recipe)) == model.recipe
+    assert model.recipe["layers"] == [0, 1] and model.recipe["img_size"] == 64
 
 
 def test_a_second_swap_is_refused_and_a_failed_one_changes_nothing(plain):
@@ -111,6 +118,11 @@ def test_names_with_typos_are_answered_with_the_near_ones():
         backbone.create("vit_base_patch16_224_dino", pretrained=False)
     with pytest.raises(ValueError, match="demo"):
         backbone.create("dmeo", pretrained=False)
+    with pytest.raises(ValueError, match="There is no timm VisionTransformer 'vit_bse_patch16_224'"):
+        backbone.create("vit_bse_patch16_224", pretrained=False)
+    for name in ("vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "deit_tiny_distilled_patch16_224.fb_in1k"):
+        with pytest.raises(ValueError, match=f"timm's '{name}' is no plain VisionTransformer; near ones: "):
+            backbone.create(name, pretrained=False)
     with pytest.raises(ValueError, match="moh"):
         backbone.create("demo", "mho")
     with pytest.raises(ValueError, match="kernel"):
@@ -129,6 +141,12 @@ def test_any_size_the_patch_divides_resamples_the_position_embedding(plain, size
     assert model(torch.rand(1, 3, height, width)).shape == (1, 48)
     assert model.blocks[0].attn.grid == grid
     assert model.recipe["img_size"] == (size if isinstance(size, int) else list(size))
+
+
+@pytest.mark.parametrize("size", ["64", 64.0, (64, None)])
+def test_sizes_that_are_no_integers_are_refused(size):
+    with pytest.raises(ValueError, match="img_size .* must be an integer, or height and width"):
+        backbone.create("demo", img_size=size)
 
 
 @pytest.mark.parametrize("size", [36, 0, (32, 33), (32, 32, 3)])
@@ -244,12 +262,56 @@ def test_files_that_are_no_weights_are_refused(tmp_path, capsys):
     (tmp_path / "empty.pth").touch()
     whole = (tmp_path / backbone.DEMO_FILE).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    for name in ("code.pth", "list.pth", "text.pth", "empty.pth", "cut.safetensors"):
-        with pytest.raises(ValueError, match=name):
-            backbone.create("demo", pretrained=tmp_path / name)
+    torch.save(backbone.create("demo"), tmp_path / "model.pth")
+    torch.save(backbone.create("demo").state_dict(), tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
+    (tmp_path / "byte.pth").write_bytes(b"x")
+    for name in ("code", "list", "text", "empty", "cut", "model", "byte"):
+        with pytest.raises(ValueError, match=f"{name}.pth") as caught:
+            backbone.create("demo", pretrained=tmp_path / f"{name}.pth")
+        assert not any(part in str(caught.value) for part in ("weights_only", "\n", "\x1b"))
+        assert name != "model" or "save model.state_dict()" in str(caught.value)
+        assert name != "empty" or "is empty" in str(caught.value)
+    with pytest.raises(ValueError, match="cut.safetensors"):
+        backbone.create("demo", pretrained=tmp_path / "cut.safetensors")
     assert "must not run" not in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="nowhere.pth"):
         backbone.create("demo", pretrained=tmp_path / "nowhere.pth")
+
+
+def spoil(state, key, change):
+    return state | {key: change(state[key])}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {k: (100 * v).to(torch.int8) for k, v in s.items()}, "42 not of finite floats"),
+        (lambda s: spoil(s, "cls_token", lambda v: v > 0), r"1 not of finite floats \(cls_token\)"),
+        (lambda s: spoil(s, "cls_token", lambda v: v * 1j), r"1 not of finite floats \(cls_token\)"),
+        (lambda s: spoil(s, "norm.bias", lambda v: v * torch.nan), r"1 not of finite floats \(norm.bias\)"),
+        (lambda s: spoil(s, "norm.bias", lambda v: v.to_sparse()), "tensors"),
+        (lambda s: spoil(s, "norm.bias", lambda v: v.to("meta")), "dense tensors"),
+        (lambda s: s | {1: s["norm.bias"]}, "dense tensors"),
+        (lambda s: s | {f"module.backbone.{k}": torch.zeros_like(v) for k, v in s.items()}, "several models"),
+    ],
+)
+def test_weights_that_are_unfit_are_refused(plain, tmp_path, change, message):
+    torch.save(change(plain.state_dict()), tmp_path / "unfit.pth")
+    with pytest.raises(ValueError, match=f"unfit.pth .*{message}"):
+        backbone.load_weights(plain, tmp_path / "unfit.pth")
+
+
+@pytest.mark.parametrize("recipe", ["5", "[1]", '"x"', "{", "{}"])
+def test_a_recipe_that_is_none_is_refused(plain, tmp_path, recipe):
+    save_file(plain.state_dict(), tmp_path / "odd.safetensors", metadata={"recipe": recipe})
+    with pytest.raises(ValueError, match="odd.safetensors is corrupt"):
+        backbone.load_weights(plain, tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "weights.SAFETENSORS"])
+def test_safetensors_may_have_any_name(plain, tmp_path, name):
+    backbone.load_weights(backbone.create("demo", pretrained=False), hide_names(tmp_path / name, plain.state_dict()))
 
 
 def test_missing_demo_weights_name_the_command_that_makes_them(tmp_path):

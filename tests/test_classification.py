@@ -20,7 +20,7 @@ from thesis_lib import classification, classification_costs, efficiency, paths
 from thesis_lib.attention import MIXERS
 from thesis_lib.attention.identity import Identity
 from thesis_lib.classification import Images, accuracy_rows, held_out, macro_f1, open_splits, run, score, train
-from thesis_lib.classifier import ViTForImageClassification, load, resolve, save
+from thesis_lib.classifier import ViTForImageClassification, load, refuse_other, resolve, save
 from thesis_lib.closed_form import count_macs, model_cost
 from thesis_lib.datasets import synthetic
 from thesis_lib.datasets.synthetic_cifar10 import write_cifar10
@@ -141,9 +141,38 @@ def test_a_saved_model_comes_back_with_its_configuration(tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(model.config | {"num_classes": 3}))
     with pytest.raises(ValueError, match="not of the model that config.json describes"):
         load(tmp_path / "run")
-    (tmp_path / "run" / "model.safetensors").unlink()
+    file = tmp_path / "run" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match="model.safetensors is corrupt"):
+        load(tmp_path / "run")
+    file.unlink()
     with pytest.raises(FileNotFoundError, match="no model.safetensors"):
         load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"hidden_dropout_prob": "a"}', '{"mixer_options": [1]}'])
+def test_a_configuration_that_is_none_is_refused_by_name(tmp_path, text):
+    save(build(), tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json describes no model"):
+        load(tmp_path / "run")
+    if not text.startswith('{"'):
+        with pytest.raises(ValueError, match="config.json is corrupt"):
+            refuse_other({}, tmp_path / "run")
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    model = build()
+    torch.nn.init.constant_(model.vit.cls_token, torch.nan)
+    with pytest.raises(ValueError, match="1 not of finite floats .vit.cls_token"):
+        load(save(model, tmp_path / "run"))
+
+
+def test_a_classifier_lies_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert save(build(), "~/run") == tmp_path / "run" and load("~/run")
+    with pytest.raises(ValueError, match="another model"):
+        refuse_other({"num_classes": 3}, "~/run")
 
 
 # --- data

@@ -1,9 +1,14 @@
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from thesis_lib import evaluation
+
+PIXELS = partial(evaluation.evaluate_pixels, "colour histogram")
 
 
 class Triplets:
@@ -54,6 +59,34 @@ def test_evaluate_follows_index_and_leaves_skipped_images_out():
     assert table["d_left"][0] == pytest.approx(0, abs=1e-6) and table["d_left"][1] > table["d_right"][1]
     images.usable = np.array([True, False, True, True])
     assert evaluation.evaluate(Flat(), Triplets, images, progress=False)["id"].tolist() == [8]
+
+
+def named(images, *names):
+    images.keys = [str(Path(name).absolute()) for name in names]
+    return images
+
+
+class Named(Triplets):
+    paths = [Path(name) for name in "abcd"]
+
+
+@pytest.mark.parametrize("score", [lambda *a: evaluation.evaluate(Flat(), *a, progress=False), PIXELS])
+def test_pixels_of_other_images_are_refused(score):
+    assert len(score(Named, named(Images(), *"abcd"))) == 2
+    few = Images()
+    few.images = few.images[:3]
+    for data, images in ((Named, named(Images(), *"bacd")), (Named, named(Images(), *"abcde")), (Triplets, few)):
+        with pytest.raises(ValueError, match="not those of the data set"):
+            score(data, images)
+    images = Images()
+    images.usable = np.zeros(4, bool)
+    with pytest.raises(ValueError, match="every triplet has an image that was skipped"):
+        score(Triplets, images)
+
+
+def test_unknown_pixel_distances_are_answered_with_the_known():
+    with pytest.raises(ValueError, match="unknown pixel distance 'psnr'.*PSNR"):
+        evaluation.evaluate_pixels("psnr", Triplets, Images())
 
 
 def test_rows_report_test_whole_and_by_origin_with_n_and_interval():

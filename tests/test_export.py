@@ -103,3 +103,11 @@ def test_files_that_are_none_are_refused(tmp_path):
     (tmp_path / "embed.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="neither"):
         export.load(tmp_path / "embed.bin")
+    (tmp_path / "embed.pt2").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="embed.pt2 is not an exported metric") as caught:
+        export.load(tmp_path / "embed.pt2")
+    assert "\n" not in str(caught.value)
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "embed.onnx").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="embed.onnx is not an exported metric"):
+        export.load(tmp_path / "embed.onnx")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -159,17 +160,9 @@ def test_an_index_that_misses_the_embeddings_is_refused(index):
         perceptual.triplet_distances(torch.randn(3, 4), index)
 
 
-def test_nights_report_splits_the_test_set_and_leaves_out_empty_parts():
-    scores, imagenet = [1.0, 0.0, 1.0, 1.0, 0.5], [True, True, False, False, False]
-    report = perceptual.nights_report(torch.tensor(scores), imagenet)
-    assert {k: (v.value, v.n) for k, v in report.items()} == {
-        "test": (pytest.approx(0.7), 5),
-        "test_imagenet": (0.5, 2),
-        "test_no_imagenet": (pytest.approx(2.5 / 3), 3),
-    }
-    assert list(perceptual.nights_report(scores, [True] * 5)) == ["test", "test_imagenet"]
-    with pytest.raises(ValueError, match="differ"):
-        perceptual.nights_report(scores, [True])
+def test_columns_of_a_filtered_table_are_scored():
+    table = pd.DataFrame({"left": [9, 1.0, 3.0], "right": [9, 2.0, 1.0], "vote": [9, 0.0, 1.0]})[1:]
+    assert perceptual.two_afc_score(table["left"], table["right"], table["vote"]) == 0.5 * (1 + 1)
 
 
 # --- the metric -----------------------------------------------------------------------------------------------------
@@ -240,6 +233,14 @@ def test_a_pairs_distance_does_not_depend_on_the_batch(model):
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
 
 
+def test_images_of_any_float_type_are_taken_in_pairs(model):
+    metric, a, b = perceptual.Metric(model), images(2), images(2, seed=1)
+    for dtype in (torch.float64, torch.float16):
+        torch.testing.assert_close(metric(a.to(dtype), b.to(dtype)), metric(a, b), atol=1e-2, rtol=0)
+    with pytest.raises(ValueError, match="got 1 and 2"):
+        metric(a[:1], b)
+
+
 def test_images_get_gradients(model):
     metric, a = perceptual.Metric(model.requires_grad_(False)), images(2).requires_grad_()
     metric(a, images(2, seed=1)).sum().backward()
@@ -279,6 +280,8 @@ def test_images_that_are_not_rgb_in_0_1_are_refused(model, x, message):
 def test_impossible_metrics_are_refused(model):
     with pytest.raises(ValueError, match="cls, cls_norm, cls_patch"):
         perceptual.Metric(model, "CLS")
+    with pytest.raises(ValueError, match="'false' is neither"):
+        perceptual.Metric(model, normalize="false")
     model.has_class_token = False
     with pytest.raises(ValueError, match="no class token"):
         perceptual.Metric(model)
@@ -342,6 +345,23 @@ def test_saving_an_unmerged_adapter_is_refused(tmp_path, model):
         perceptual.save(perceptual.Metric(backbone.add_lora(model)), tmp_path / "metric")
 
 
+def test_a_metric_of_a_plain_timm_vit_is_not_saved_in_part(tmp_path):
+    with pytest.raises(ValueError, match="no recipe"):
+        perceptual.save(perceptual.Metric(VisionTransformer(**SMALL, num_classes=0)), tmp_path / "metric")
+    assert not (tmp_path / "metric").exists()
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, model, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert perceptual.save(perceptual.Metric(model), "~/metric") == tmp_path / "metric"
+    perceptual.load("~/metric")
+    path = backbone.save_weights(model, "~/deep/weights.safetensors")
+    assert path == tmp_path / "deep" / "weights.safetensors"
+    backbone.load_weights(
+        backbone.create("demo", pretrained="~/deep/weights.safetensors"), "~/deep/weights.safetensors"
+    )
+
+
 @pytest.mark.parametrize("missing", ["metric.json", "model.safetensors"])
 def test_a_folder_without_one_of_its_files_is_refused(tmp_path, model, missing):
     folder = perceptual.save(perceptual.Metric(model), tmp_path / "metric")
@@ -355,12 +375,25 @@ def rewrite(folder, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def change_recipe(folder, **changes):
+    rewrite(folder, recipe=json.loads((folder / "metric.json").read_text())["recipe"] | changes)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda f: (f / "metric.json").write_text('{"recipe": '), "metric.json is corrupt"),
         (lambda f: rewrite(f, recipe={"name": "demo"}), "corrupt.*mixer"),
         (lambda f: rewrite(f, feature="token"), "feature 'token'"),
+        (lambda f: rewrite(f, normalize="false"), "metric.json.*'false' is neither"),
+        (lambda f: change_recipe(f, img_size="64"), "metric.json.*img_size '64'"),
+        (lambda f: change_recipe(f, img_size=[64, None]), "metric.json.*img_size"),
+        (lambda f: change_recipe(f, layers=3), "metric.json.*layers=3"),
+        (lambda f: change_recipe(f, mixer=["pool"]), "metric.json is corrupt"),
+        (lambda f: change_recipe(f, mixer_options={"ratio": 2}), "metric.json.*no option 'ratio'"),
+        (lambda f: change_recipe(f, name=3), "metric.json.*VisionTransformer 3"),
+        (lambda f: change_recipe(f, plan={"x": 1}), "metric.json is corrupt"),
+        (lambda f: change_recipe(f, token_merging={"r": "many"}), "metric.json is corrupt"),
         (lambda f: rewrite(f, recipe=backbone.create("demo", "sra").recipe), "mixer 'mha' .model: 'sra'"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "corrupt"),
     ],
@@ -387,7 +420,7 @@ def test_a_metric_is_whole_while_it_is_saved_again(tmp_path, model, monkeypatch)
 
 
 def test_load_of_nothing_names_the_near_mixers_or_the_folder(tmp_path):
-    with pytest.raises(ValueError, match="moh"):
+    with pytest.raises(ValueError, match="moh.*, nor is there a folder of that name"):
         perceptual.load("mho")
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
         perceptual.load(tmp_path / "nowhere")
@@ -453,11 +486,16 @@ def test_pixels_that_cannot_be_embedded_are_refused(model):
         ({"dtype": "half"}, "float32, bfloat16, float16"),
         ({"batch_size": 0}, "at least 1"),
         ({"indices": []}, "no images"),
+        ({"indices": [True, False]}, "must be integers, got bool"),
+        ({"indices": [0.9]}, "must be integers, got float64"),
     ]:
         with pytest.raises(ValueError, match=message):
             perceptual.embed_pixels(metric, Pixels(2), progress=False, **arguments)
     with pytest.raises(ValueError, match=r"got \(2, 3, 40, 40\)"):
         perceptual.embed_pixels(metric, Pixels(2, size=40), progress=False)
+    for wrong in (images(2), images(2).byte().int(), images(2).byte().numpy()):
+        with pytest.raises(ValueError, match="tensors of bytes"):
+            perceptual.embed_pixels(metric, wrong, progress=False)
 
 
 def test_a_saved_metric_merges_the_tokens_it_merged(tmp_path):

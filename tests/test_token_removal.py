@@ -116,6 +116,18 @@ def test_weights_are_shared_and_results_usable_in_training():
         TokenRemoval(model, 0)
 
 
+def test_no_images_give_no_features():
+    model = AdaptiveViT(halting_vit(), VARIED)
+    removed = TokenRemoval(model).run(images(1)[:0])
+    assert removed.features.shape == (0, model.vit.embed_dim) and removed.tokens.shape == (5, 0)
+    assert TokenRemoval(model)(images(1)[:0]).shape == model(images(1)[:0]).shape
+
+
+def test_a_model_whose_tokens_do_not_halt_is_refused():
+    with pytest.raises(ValueError, match=r"VisionTransformer do not halt: AdaptiveViT\(vit"):
+        TokenRemoval(halting_vit())
+
+
 def test_buckets():
     lengths = np.array([9, 9, 8, 5, 4, 1])
     assert buckets_of(lengths, 1, 9) == [(0, 2, 9), (2, 3, 8), (3, 4, 5), (4, 5, 4), (5, 6, 1)]

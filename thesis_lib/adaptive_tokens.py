@@ -231,7 +231,7 @@ def halting_loss(trace: Trace, halting: Halting) -> Tensor:
 
 def save(model: AdaptiveViT, path: str | Path) -> Path:
     """Write safetensors with the vit's own parameter names, its architecture and the halting constants inside."""
-    vit, path = model.vit, Path(path)
+    vit, path = model.vit, Path(path).expanduser()
     size = vit.patch_embed.img_size
     name = vit.recipe["name"] if hasattr(vit, "recipe") else model.pretrained_cfg.get("architecture")
     if name is None:
@@ -249,10 +249,10 @@ def load(path: str | Path) -> AdaptiveViT:
 
     Raises FileNotFoundError, and ValueError for a corrupt file or one without halting constants.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     state, _ = weights.read(path)
     metadata = {}
-    if path.suffix == ".safetensors":
+    if weights.is_safetensors(path):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     if "halting" not in metadata:
@@ -260,12 +260,20 @@ def load(path: str | Path) -> AdaptiveViT:
             f"{path} holds no halting constants, so its tokens cannot halt as they were trained to: it is not a file "
             "of adaptive_tokens.save. To start from its weights: AdaptiveViT(vit, preset('paper')), vit loaded from it"
         )
-    recipe, halting = json.loads(metadata["recipe"]), Halting(**json.loads(metadata["halting"]))
-    if recipe["name"] == "demo":
-        vit = backbone.create("demo", pretrained=False, img_size=recipe["img_size"])
-        vit.reset_classifier(recipe["num_classes"])
-    else:
-        vit = timm.create_model(recipe["name"], img_size=recipe["img_size"], num_classes=recipe["num_classes"])
-    model = AdaptiveViT(vit, halting)
+    try:
+        recipe, halting = json.loads(metadata["recipe"]), Halting(**json.loads(metadata["halting"]))
+        model = AdaptiveViT(_architecture(recipe["name"], recipe["img_size"], recipe["num_classes"]), halting)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: its recipe or its halting constants are corrupt: {error!r}") from error
     weights.load(model.vit, state, None, path)
     return model.eval()
+
+
+def _architecture(name: str, img_size: list[int], num_classes: int) -> VisionTransformer:
+    if name == "demo":
+        vit = backbone.create("demo", pretrained=False, img_size=img_size)
+        vit.reset_classifier(num_classes)
+        return vit
+    if name.partition(".")[0] not in timm.list_models():  # timm would ask the hub for a name such as hf-hub:x/y
+        raise ValueError(f"timm has no model {name!r}")
+    return timm.create_model(name, img_size=img_size, num_classes=num_classes)

@@ -5,8 +5,10 @@ model = create("vit_base_patch16_224.dino", mixer="sra", layers=[0, 1, 2], ratio
 
 import difflib
 import json
+import operator
 import re
 from collections.abc import Iterable
+from numbers import Integral
 from pathlib import Path
 
 import timm
@@ -117,6 +119,10 @@ def save_weights(model: VisionTransformer, path: str | Path, dtype: torch.dtype 
     """Write safetensors whose metadata holds the recipe, so that no other mixer or size loads it by mistake."""
     if hasattr(model, "merge_and_unload"):
         raise ValueError("The model still carries a LoRA adapter; call merge_lora first.")
+    if not hasattr(model, "recipe"):
+        raise ValueError("The model has no recipe to build it again from; backbone.create makes models that have one.")
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
     metadata = {"format": "pt", "recipe": json.dumps(model.recipe)}
     return paths.write_whole(path, lambda part: save_file(state, part, metadata=metadata))
@@ -129,7 +135,7 @@ def merge_dreamsim_adapter(model: VisionTransformer, folder: str | Path) -> Visi
     (keys ...blocks.{i}.attn.qkv.lora_{A,B}.weight; A (r, D), B (3D, r)), see DreamSim, Fu et al. 2023.
     Raises ValueError for mixers other than attention and for missing, foreign, all-zero or misshapen matrices.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     for needed in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / needed).is_file():
             raise FileNotFoundError(
@@ -210,8 +216,14 @@ def _architecture(name: str, *, hub: bool) -> VisionTransformer:
     ]
     known = [model for models in listed for model in models if "distilled" not in model] + ["demo"]
     if name not in known:
-        near = difflib.get_close_matches(name, known) or ["demo", "vit_base_patch16_224.dino"]
-        raise ValueError(f"There is no timm VisionTransformer {name!r}; near ones: {', '.join(near)}.")
+        near = difflib.get_close_matches(str(name), known) or ["demo", "vit_base_patch16_224.dino"]
+        other = str(name).partition(".")[0] in timm.list_models()
+        what = (
+            f"timm's {name!r} is no plain VisionTransformer"
+            if other
+            else f"There is no timm VisionTransformer {name!r}"
+        )
+        raise ValueError(f"{what}; near ones: {', '.join(near)}.")
     if name == "demo":
         model = VisionTransformer(**DEMO, num_classes=0, global_pool="token")
     elif hub:
@@ -249,7 +261,10 @@ def _resize(model: VisionTransformer, img_size: int | Iterable[int] | None) -> N
     """Set the input size in place; timm resamples the position embedding (bicubic, antialiased)."""
     if img_size is None:
         return
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    try:
+        size = tuple(map(operator.index, img_size if isinstance(img_size, Iterable) else (img_size, img_size)))
+    except TypeError as error:
+        raise ValueError(f"img_size {img_size!r} must be an integer, or height and width.") from error
     patch = model.patch_embed.patch_size
     if len(size) != 2 or any(s < p or s % p for s, p in zip(size, patch, strict=True)):
         near = [[max(s // p, 1) * p, (s // p + 1) * p] for s, p in zip(size, patch, strict=False)]
@@ -263,11 +278,12 @@ def _layers(model: VisionTransformer, layers: Iterable[int] | None) -> list[int]
     depth = len(model.blocks)
     if layers is None:
         return list(range(depth))
-    layers = list(layers)
-    wrong = [i for i in layers if isinstance(i, bool) or not isinstance(i, int) or not -depth <= i < depth]
-    chosen = sorted({i % depth for i in layers if i not in wrong})
-    if wrong or not layers or len(chosen) != len(layers):
-        raise ValueError(f"layers={layers}: give distinct integers from {-depth} to {depth - 1}, or None for all.")
+    given = list(layers) if isinstance(layers, Iterable) else []
+    right = [i for i in given if isinstance(i, Integral) and not isinstance(i, bool) and -depth <= i < depth]
+    chosen = sorted({int(i) % depth for i in right})
+    if not given or len(chosen) != len(given):
+        shown = given or layers
+        raise ValueError(f"layers={shown}: give distinct integers from {-depth} to {depth - 1}, or None for all.")
     return chosen
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from thesis_lib import attention, backbone
+from thesis_lib import attention, backbone, weights
 from thesis_lib.attention.base import integer, suggest
 
 DEFAULTS = {
@@ -139,7 +139,7 @@ class ViTForImageClassification(nn.Module):
 
 def save(model: ViTForImageClassification, folder: str | Path) -> Path:
     """Write model.safetensors and config.json beside it, each whole or not at all, and return the folder."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     parts = [folder / f".{name}.{os.getpid()}.part" for name in ("config.json", "model.safetensors")]  # one a process
@@ -153,27 +153,40 @@ def save(model: ViTForImageClassification, folder: str | Path) -> Path:
 def load(folder: str | Path) -> ViTForImageClassification:
     """Rebuild what `save` wrote, in eval mode on the CPU.
 
-    Raises FileNotFoundError for missing files, ValueError for weights of another configuration.
+    Raises FileNotFoundError for missing files, ValueError for corrupt ones and weights of another configuration.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     for needed in ("config.json", "model.safetensors"):
         if not (folder / needed).is_file():
             raise FileNotFoundError(f"{folder} has no {needed}; thesis_lib.classifier.save writes both files it needs")
-    with torch.random.fork_rng(devices=[]):
-        model = ViTForImageClassification(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: the weights are not of the model that config.json describes: {error}") from error
+        with torch.random.fork_rng(devices=[]):
+            model = ViTForImageClassification(_config(folder))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from error
+    state, _ = weights.read(folder / "model.safetensors")
+    if what := weights.mismatch(model.state_dict(), state):
+        raise ValueError(f"{folder}: the weights are not of the model that config.json describes: {what}")
+    model.load_state_dict(state)
     return model.eval()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError("it holds no dictionary")
+    return config
 
 
 def refuse_other(config: Mapping[str, Any], folder: str | Path) -> None:
     """Raise ValueError if the folder holds a model of another configuration, naming the keys that differ."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file():
         return
-    there, here = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config))
+    try:
+        there, here = _config(folder), json.loads(json.dumps(config))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is corrupt: {error}") from error
     differ = [key for key in here if there.get(key) != here[key]]
     if differ:
         shown = "; ".join(f"{key}: {there.get(key)} there, {here[key]} here" for key in differ)

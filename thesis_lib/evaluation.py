@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from thesis_lib import perceptual
+from thesis_lib.datasets.missing import choose
+from thesis_lib.datasets.pixels import File
 from thesis_lib.statistics import bootstrap_mean
 
 
@@ -42,12 +44,25 @@ def evaluate(
     """Score a metric on the triplets of a NIGHTS data set, each distinct image embedded once.
 
     pixels: the cached images of `dataset.paths`; triplets with an image that was skipped are left out.
+    Raises ValueError for the pixels of other images, and where no triplet is left.
     """
-    rows = np.flatnonzero(pixels.usable[dataset.index].all(axis=1))
+    rows = _usable(dataset, pixels)
     needed, inverse = np.unique(dataset.index[rows], return_inverse=True)
     options = {"batch_size": batch_size, "device": device, "dtype": dtype, "progress": progress}
     embeddings = perceptual.embed_pixels(metric, pixels, indices=needed, **options)
     return triplet_table(dataset, perceptual.triplet_distances(embeddings, inverse.reshape(-1, 3)), rows)
+
+
+def _usable(dataset: Any, pixels: Any) -> np.ndarray:
+    """Return which triplets (m,) have all their images; ValueError for none, and for the pixels of other images."""
+    keys = getattr(pixels, "keys", None)
+    other = keys is not None and keys != [File(path).key for path in dataset.paths]
+    if other or len(pixels) <= dataset.index.max():
+        raise ValueError("the pixels are not those of the data set's images: cache its own `paths`, in their order")
+    rows = np.flatnonzero(pixels.usable[dataset.index].all(axis=1))
+    if len(rows) == 0:
+        raise ValueError("every triplet has an image that was skipped: see `pixels.skipped`")
+    return rows
 
 
 def accuracy_rows(triplets: pd.DataFrame, **protocol: Any) -> list[dict]:
@@ -100,10 +115,10 @@ PIXEL_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def evaluate_pixels(name: str, dataset: Any, pixels: Any, *, batch_size: int = 64) -> pd.DataFrame:
-    """Score one of PIXEL_DISTANCES on the triplets of a NIGHTS data set."""
-    rows = np.flatnonzero(pixels.usable[dataset.index].all(axis=1))
-    parts = []
+    """Score one of PIXEL_DISTANCES on the triplets of a NIGHTS data set; ValueError as in `evaluate`."""
+    measure = PIXEL_DISTANCES[choose(name, PIXEL_DISTANCES, "pixel distance")]
+    rows, parts = _usable(dataset, pixels), []
     for batch in np.array_split(rows, -(-len(rows) // batch_size)):
         reference, left, right = (pixels[dataset.index[batch, i]].float() / 255 for i in range(3))
-        parts.append(torch.stack([PIXEL_DISTANCES[name](reference, side) for side in (left, right)]))  # (2, b)
+        parts.append(torch.stack([measure(reference, side) for side in (left, right)]))  # (2, b)
     return triplet_table(dataset, tuple(torch.cat(parts, 1)), rows)

@@ -49,7 +49,7 @@ def _traced(metric: Exportable) -> torch.export.ExportedProgram:
 
 def save_program(metric: Exportable, path: str | Path) -> Path:
     """Write the .pt2 file that `torch.export.load(path).module()` runs, of a metric or its `program`."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.export.save(_traced(metric), path)
     return path
@@ -63,7 +63,7 @@ def save_onnx(metric: Exportable, path: str | Path) -> Path:
     for package in ("onnx", "onnxscript"):
         if find_spec(package) is None:
             raise ModuleNotFoundError(f"writing ONNX needs {package}: pip install onnx onnxscript onnxruntime")
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -88,20 +88,25 @@ def save_onnx(metric: Exportable, path: str | Path) -> Path:
 def load(path: str | Path, *, threads: int | None = None) -> Callable[[Tensor], Tensor]:
     """Return a file of either kind as a function of images on the CPU; `threads` (torch's number by default) for ONNX.
 
-    Raises FileNotFoundError for a missing file, ValueError for a file of another kind.
+    A .pt2 is a program, and torch unpickles parts of it: load only files that you trust; an .onnx runs no code.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one or one of another kind.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no exported metric {path}: `python -m thesis_lib.export` writes one")
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module()
-    if path.suffix != ".onnx":
+    if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"{path} is neither .pt2 (torch.export) nor .onnx")
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads or torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    if path.suffix == ".onnx":
+        import onnxruntime  # not in the try: that it is missing is not the file's fault
+    try:
+        if path.suffix == ".pt2":
+            return torch.export.load(path).module()
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = threads or torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of a damaged file either raises what happens to fail
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is not an exported metric: {why}") from error
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
@@ -121,7 +126,7 @@ def compare(
     `efficiency.time_forward`'s, per turn. Without onnx or onnxruntime, and for a metric with an operation that
     torch's exporter cannot say in ONNX, its one row has no value and a note.
     """
-    folder, recipe = Path(folder), metric.backbone.recipe
+    folder, recipe = Path(folder).expanduser(), metric.backbone.recipe
     run: dict[str, Callable[[Tensor], Tensor]] = {"eager": metric.cpu().eval().embed_unchecked}
     sizes = {"eager": sum(t.numel() * t.element_size() for t in metric.backbone.state_dict().values())}
     traced = program(metric)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from thesis_lib import attention, backbone, class_token, paths
+from thesis_lib.attention.base import suggest
+from thesis_lib.backbone import normalization
 from thesis_lib.datasets.pixels import rgb
 from thesis_lib.layer_plan import apply_plan
-from thesis_lib.statistics import Interval, bootstrap_mean
 from thesis_lib.token_merging import merge_tokens
 
 FEATURES = ("cls", "cls_norm", "cls_patch")
@@ -30,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return 1 - cosine similarity along the last dimension, in [0, 2]."""
+    """Return 1 - cosine similarity along the last dimension, in [0, 2] to rounding."""
     return 1 - F.cosine_similarity(a, b, dim=-1)
 
 
@@ -88,18 +89,6 @@ def triplet_distances(embeddings: Tensor, index: ArrayLike, *, chunk: int = 4096
     return d_left, d_right
 
 
-def nights_report(scores: ArrayLike, is_imagenet: ArrayLike) -> dict[str, Interval]:
-    """Return the published NIGHTS test numbers, `test`, `test_imagenet`, `test_no_imagenet`, with 95 % intervals.
-
-    scores: `two_afc_scores` of the test split. is_imagenet: bool (n,). A part without triplets is left out.
-    """
-    scores, imagenet = np.asarray(scores), np.asarray(is_imagenet, dtype=bool)
-    if scores.shape != imagenet.shape:
-        raise ValueError(f"scores {scores.shape} and is_imagenet {imagenet.shape} differ in shape.")
-    parts = {"test": scores, "test_imagenet": scores[imagenet], "test_no_imagenet": scores[~imagenet]}
-    return {name: bootstrap_mean(part) for name, part in parts.items() if len(part)}
-
-
 class Metric(nn.Module):
     """A backbone as a perceptual metric, called as the `dreamsim` package's model is.
 
@@ -116,16 +105,21 @@ class Metric(nn.Module):
             raise ValueError(f"feature {feature!r} is not one of {', '.join(FEATURES)}.")
         if not getattr(backbone, "has_class_token", False):
             raise ValueError("The backbone has no class token, which every feature needs.")
+        if normalize not in (True, False):
+            raise ValueError(f"normalize {normalize!r} is neither True nor False.")
         self.backbone, self.feature, self.normalize = backbone, feature, normalize
         device = next(backbone.parameters()).device
-        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in _normalization(backbone))
+        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in normalization(backbone))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.train(backbone.training)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the distances of image pairs: (B, 3, H, W) twice, floats in [0, 1] -> (B,)."""
-        return distance(self.embed(a), self.embed(b))
+        a, b = self.embed(a), self.embed(b)
+        if len(a) != len(b):
+            raise ValueError(f"Pairs need as many images on either side, got {len(a)} and {len(b)}; expand the fewer.")
+        return distance(a, b)
 
     def embed(self, x: Tensor) -> Tensor:
         """Return embeddings: (B, 3, H, W) floats in [0, 1] -> (B, D). Raises ValueError for other input."""
@@ -134,7 +128,7 @@ class Metric(nn.Module):
 
     def embed_unchecked(self, x: Tensor) -> Tensor:
         """Return what `embed` does without looking at the values, which on a GPU would be waited for."""
-        x = (x - self.mean) / self.std
+        x = ((x - self.mean) / self.std).to(self.mean.dtype)  # the weights' own
         if self.feature != "cls_patch" and class_token.applies(self.backbone):
             cls = class_token.last_class_token(self.backbone, x)  # (B, D), without the last block's other tokens
             return self._centre(self.backbone.norm(cls) if self.feature == "cls_norm" else cls)
@@ -190,13 +184,14 @@ def load(
     name_or_path: a mixer's name for the demo backbone with that mixer, or a folder that `save` wrote.
     Raises ValueError for an unknown name or a folder whose content does not fit, FileNotFoundError for missing files.
     """
-    folder = Path(name_or_path)
+    folder = Path(name_or_path).expanduser()
     if str(name_or_path) in attention.MIXERS:
         metric = Metric(backbone.create("demo", mixer=str(name_or_path)))
     elif folder.is_dir():
         metric = _load_folder(folder)
     elif folder.name == str(name_or_path):
-        attention.get(folder.name)  # neither a mixer nor a folder: raises and names the near mixers
+        near, known = suggest(folder.name, attention.MIXERS), ", ".join(attention.MIXERS)
+        raise ValueError(f"unknown mixer {folder.name!r}{near}, nor is there a folder of that name; known: {known}")
     else:
         raise FileNotFoundError(f"There is no folder {folder} with a saved metric.")
     size = tuple(metric.backbone.patch_embed.img_size)
@@ -204,9 +199,11 @@ def load(
 
 
 def save(metric: Metric, folder: str | Path) -> Path:
-    """Write model.safetensors and metric.json, enough to rebuild the metric anywhere. Merge LoRA first."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write model.safetensors and metric.json, enough to rebuild the metric anywhere. Merge LoRA first.
+
+    Raises ValueError, before anything is written, for a backbone that `backbone.create` has not made.
+    """
+    folder = Path(folder).expanduser()
     backbone.save_weights(metric.backbone, folder / "model.safetensors")
     description = {
         "recipe": metric.backbone.recipe,
@@ -227,15 +224,16 @@ def _load_folder(folder: Path) -> Metric:
         description = json.loads((folder / "metric.json").read_text())
         recipe = description["recipe"]
         arguments = {k: recipe[k] for k in ("name", "mixer", "layers", "img_size")} | recipe["mixer_options"]
-        options = {k: description[k] for k in ("feature", "normalize")}
-    except (ValueError, KeyError, TypeError) as error:
+        model = backbone.create(**arguments, pretrained=False)
+        if "plan" in recipe:
+            apply_plan(model, **recipe["plan"])
+        if "token_merging" in recipe:
+            merge_tokens(model, **recipe["token_merging"])
+        metric = Metric(model, **{k: description[k] for k in ("feature", "normalize")})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'metric.json'} is corrupt: {error!r}.") from error
-    model = backbone.create(**arguments, pretrained=False)
-    if "plan" in recipe:
-        apply_plan(model, **recipe["plan"])
-    if "token_merging" in recipe:
-        merge_tokens(model, **recipe["token_merging"])
-    return Metric(backbone.load_weights(model, folder / "model.safetensors"), **options)
+    backbone.load_weights(model, folder / "model.safetensors")
+    return metric
 
 
 def embed_pixels(
@@ -252,23 +250,27 @@ def embed_pixels(
 
     pixels: has a length, and pixels[indices] is uint8 (b, 3, H, W). dtype: float32, or bfloat16, float16 by autocast.
     The metric moves to the device and is in eval mode meanwhile; the result does not depend on batch_size.
-    Raises ValueError for no images, images of another size, a wrong dtype or batch size.
+    Raises ValueError for no images, another size or type, indices that are no integers, a wrong dtype or batch size.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     device, was_training = torch.device(device), metric.training
-    order = torch.as_tensor(np.arange(len(pixels)) if indices is None else np.asarray(indices, dtype=np.int64))
+    order = np.arange(len(pixels)) if indices is None else np.asarray(indices)
     if len(order) == 0:
         raise ValueError("There are no images to embed.")
+    if order.dtype.kind not in "iu":
+        raise ValueError(f"indices must be integers, got {order.dtype}.")
     metric.to(device).eval()
     parts = []
     autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
     try:
         with torch.inference_mode(), autocast, tqdm(total=len(order), unit="image", disable=not progress) as bar:
-            for batch in order.split(batch_size):
+            for batch in torch.from_numpy(order.astype(np.int64)).split(batch_size):
                 images = pixels[batch.numpy()]
+                if images.dtype != torch.uint8:
+                    raise ValueError(f"pixels must be tensors of bytes (uint8), got {images.dtype}.")
                 cuda = device.type == "cuda"  # elsewhere nothing is pinned, and mps would read memory already reused
                 x = (images.pin_memory() if cuda else images).to(device, non_blocking=cuda).float() / 255
                 if not parts:
@@ -288,12 +290,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return backbone.normalization(model)  # the constructor's argument hides the module's name
-
-
 def _triplets(*columns: ArrayLike) -> list[Tensor]:
-    tensors = [torch.as_tensor(c) for c in columns]
+    tensors = [c if isinstance(c, Tensor) else torch.from_numpy(np.array(c)) for c in columns]
     if any(t.ndim != 1 or t.shape != tensors[0].shape for t in tensors):
         raise ValueError(f"Expected vectors over the same triplets, got shapes {[tuple(t.shape) for t in tensors]}.")
     return tensors

@@ -79,10 +79,13 @@ class TokenRemoval(AdaptiveViT):
     Results equal the masked form's to rounding; a token whose summed scores lie within rounding of 1 - eps may halt a
     layer earlier or later. Dropout does not apply.
     step: attention pads the tokens of an image to a multiple of it and takes equal ones together; 1 pads nothing.
+    Raises ValueError for a model without halting constants, and a step below 1.
     """
 
     def __init__(self, model: AdaptiveViT, step: int = STEP) -> None:
         super(AdaptiveViT, self).__init__()
+        if not isinstance(model, AdaptiveViT):
+            raise ValueError(f"tokens of a {type(model).__name__} do not halt: AdaptiveViT(vit, preset('paper')) does")
         self.vit, self.step = model.vit, step
         self._model = [model]  # in a list, so that its parameters are not registered twice
         if step < 1:
@@ -100,6 +103,8 @@ class TokenRemoval(AdaptiveViT):
         batch, count, dim = x.shape
         depth, step = len(self.vit.blocks), self.step
         features, tokens = x.new_zeros(batch, dim), np.zeros((depth, batch), np.int64)
+        if batch == 0:
+            return Removed(features, torch.from_numpy(tokens))
         x, total = x.reshape(-1, dim), torch.zeros(batch * count, device=x.device)  # (T, D), (T,)
         owner, image = np.arange(batch), torch.arange(batch, device=x.device)  # of each image left
         layout = Layout(np.full(batch, count), step, count, x.device)

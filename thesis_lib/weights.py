@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,28 +18,52 @@ LAYOUT = ("img_size", "mixer", "layers", "mixer_options")  # what a weight file 
 def read(path: Path) -> tuple[dict[str, Tensor], dict | None]:
     """Return a file's state dictionary and, from our own files, the recipe it was saved with.
 
-    Raises FileNotFoundError, and ValueError for a corrupt file or one without a state dictionary of tensors.
+    Raises FileNotFoundError, and ValueError for a corrupt file or one without a state dictionary of dense tensors.
     """
+    path = path.expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"There is no weight file {path}.")
-    try:
-        if path.suffix == ".safetensors":
+    if is_safetensors(path):
+        try:
             with safe_open(path, framework="pt") as file:
                 recipe = json.loads((file.metadata() or {}).get("recipe", "null"))
                 content = {k: file.get_tensor(k) for k in file.keys()}
-            origin = recipe and {k: recipe[k] for k in LAYOUT}
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # full DINO checkpoints carry their arguments
-                content, origin = torch.load(path, map_location="cpu", weights_only=True), None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is corrupt or not a weight file: {error}") from error
+            origin = None if recipe is None else {k: recipe[k] for k in LAYOUT}
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is corrupt or not a weight file: {error!r}") from error
+    else:
+        content, origin = _unpickle(path), None
     for wrapper in ("teacher", "student", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no state dictionary of tensors.")
-    return {re.sub(r"^(module\.)?(backbone\.)?", "", k): v for k, v in content.items()}, origin
+    if not isinstance(content, Mapping) or not all(isinstance(k, str) and _dense(v) for k, v in content.items()):
+        raise ValueError(f"{path} holds no state dictionary of dense tensors.")
+    state = {re.sub(r"^(module\.)?(backbone\.)?", "", k): v for k, v in content.items()}
+    if len(state) < len(content):
+        raise ValueError(f"{path} holds several models: without module. and backbone. some of its keys are the same.")
+    return state, origin
+
+
+def is_safetensors(path: Path) -> bool:
+    """Tell from its first bytes, not its name, whether a file is safetensors: eight of a length, then JSON."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _unpickle(path: Path) -> Any:
+    """Return what `torch.save` wrote, if it holds no more than tensors and plain values; else ValueError."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # full DINO checkpoints carry their arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a damaged file torch raises what happens to fail, and advises to run its code
+        why = "holds more than tensors, which is not loaded (save model.state_dict()), or the download is damaged"
+        why = why if path.stat().st_size else "the file is empty"
+        raise ValueError(f"{path} is corrupt or not a weight file: {why}.") from error
+
+
+def _dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def load(
@@ -59,27 +83,38 @@ def load(
         if different:
             raise ValueError(f"{path} holds weights of another model: {', '.join(different)}.")
     if what := mismatch(own, state):
-        raise ValueError(f"{path} holds weights of another size, depth or mixer: {what}")
+        raise ValueError(f"{path} holds weights of another size, depth, mixer or kind: {what}")
     model.load_state_dict(state)
     return model
 
 
 def mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Say in one line how a state dictionary differs from the model's own in keys and shapes; "" if it fits."""
+    """Say in one line how a state dictionary differs from the model's own: in keys, shapes or kind; "" if it fits.
+
+    Where the model has floats, other numbers and values that are not finite do not fit.
+    """
     missing, foreign = [k for k in own if k not in state], [k for k in state if k not in own]
     shapes = [
         f"{k} {tuple(state[k].shape)} (model: {tuple(own[k].shape)})"
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
-    return differences(missing, foreign, shapes) if missing or foreign or shapes else ""
+    unfit = [k for k in own if k in state and own[k].is_floating_point() and not _finite_floats(state[k])]
+    return differences(missing, foreign, shapes, unfit) if missing or foreign or shapes or unfit else ""
 
 
-def differences(missing: list[str], foreign: list[str], shapes: list[str], first: int = 3) -> str:
-    """Say in one line which keys are missing, unexpected or of another shape."""
+def _finite_floats(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.float().isfinite().all())
+
+
+def differences(
+    missing: list[str], foreign: list[str], shapes: list[str], unfit: Sequence[str] = (), first: int = 3
+) -> str:
+    """Say in one line which keys are missing, unexpected, of another shape or no finite floats."""
+    kinds = {"missing": missing, "unexpected": foreign, "of another shape": shapes, "not of finite floats": unfit}
     parts = [
         f"{len(keys)} {what} ({', '.join(keys[:first])}{', ...' if len(keys) > first else ''})"
-        for what, keys in (("missing", missing), ("unexpected", foreign), ("of another shape", shapes))
+        for what, keys in kinds.items()
         if keys
     ]
     return "; ".join(parts) + "."

@@ -252,7 +252,8 @@ def test_nearer_to_mha_than_uniform_attention_on_images(attention, tokens):
     ("options", "message"),
     [
         ({"window": 1}, "window=1 must be an integer at least 2"),
-        ({"dilations": [5]}, "dilations=5 must be an integer from 1 to 4"),
+        ({"dilations": [5]}, r"dilations=\[5\]: on the 8x8 grid a dilation is at most 4"),
+        ({"dilations": [0]}, "dilations=0 must be an integer at least 1"),
         ({"dilations": [1, 1]}, "distinct integers"),
         ({"dilations": 2}, "dilations=2 must be a list"),
         ({"dilations": [], "linear": False}, "0 branches; there must be at least 1"),
@@ -264,3 +265,9 @@ def test_nearer_to_mha_than_uniform_attention_on_images(attention, tokens):
 def test_impossible_options(options, message, attention):
     with pytest.raises(ValueError, match=message):
         Hybrid.from_attention(attention(), (8, 8), 1, **options)
+
+
+def test_a_grid_too_small_for_the_default_dilations_is_named_with_those_that_fit(attention):
+    with pytest.raises(ValueError, match=r"3x3 grid a dilation is at most 1; .*dilations=\[1\]"):
+        Hybrid.from_attention(attention(), (3, 3), 1)
+    assert Hybrid.from_attention(attention(), (3, 3), 1, dilations=[1]).options["dilations"] == [1]

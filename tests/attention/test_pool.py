@@ -76,3 +76,9 @@ def test_operations_are_those_of_the_matrix(attention, tokens):
 def test_a_kernel_that_does_not_fit(kernel, attention):
     with pytest.raises(ValueError, match=r"6x10 grid; possible: \[3, 5, 7, 9, 11\]"):
         Pool.from_attention(attention(), (6, 10), 1, kernel=kernel)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 8)])
+def test_a_grid_without_neighbours_is_named(grid, attention):
+    with pytest.raises(ValueError, match=f"{grid[0]}x{grid[1]} grid has too few: take images of at least 2 patches"):
+        Pool.from_attention(attention(), grid, 1)

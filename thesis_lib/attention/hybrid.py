@@ -46,7 +46,12 @@ class Hybrid(MHA):
         dilations, linear = options["dilations"], bool(options["linear"])
         if not isinstance(dilations, list | tuple) or len(set(dilations)) != len(dilations):
             raise ValueError(f"dilations={dilations!r} must be a list of distinct integers")
-        dilations = [integer("dilations", r, 1, max(1, min(grid) // 2)) for r in dilations]
+        dilations, widest = [integer("dilations", r, 1) for r in dilations], max(1, min(grid) // 2)
+        if any(r > widest for r in dilations):
+            raise ValueError(
+                f"dilations={dilations}: on the {grid[0]}x{grid[1]} grid a dilation is at most {widest}; leave out the "
+                f"wider ones: dilations={[r for r in dilations if r <= widest]}"
+            )
         branches, most = len(dilations) + linear, heads if options["combine"] == "split" else None
         if branches < 1 or (most and branches > most):
             bounds = f"{heads} heads can be split over 1 to {heads}" if most else "there must be at least 1"

@@ -26,6 +26,11 @@ class Pool(Mixer):
     @classmethod
     def check(cls, options, heads, grid):
         kernel, possible = options["kernel"], list(range(3, 2 * min(grid), 2))
+        if not possible:
+            raise ValueError(
+                f"pool averages neighbours, of which a {grid[0]}x{grid[1]} grid has too few: take images of at least 2 "
+                "patches a side"
+            )
         if kernel not in possible:
             raise ValueError(f"kernel={kernel!r} does not fit a {grid[0]}x{grid[1]} grid; possible: {possible}")
         return {**options, "kernel": int(kernel)}
