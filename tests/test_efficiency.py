@@ -360,6 +360,7 @@ def test_what_has_too_few_quiet_rounds_is_visited_again(monkeypatch, tmp_path):
 
     def measured(name, mixer, image_size, **settings):
         assert settings["complete"] == (mixer not in seen)
+        assert settings["usual"] == (1.0 if seen else None)  # told what the yardstick took at quiet moments so far
         seen.append(mixer)
         slow = mixer == "pool" or (mixer == "sra" and seen.count("sra") in (2, 3))  # pool's moment never comes
         return [timed(mixer, 10.0, 1.5 if slow else 1.0)]

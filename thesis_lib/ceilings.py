@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor, nn
 
-from thesis_lib.yardstick import DISTURBED, quiet, yardstick
+from thesis_lib.yardstick import DISTURBED, at_a_quiet_moment, quiet, yardstick
 
 UNITS = {"mm": "MAC/s", "bmm": "MAC/s", "attention": "MAC/s", "convolution": "MAC/s", "depthwise": "MAC/s"}
 ELEMENTS = (2**9, 2**13, 2**16, 2**18, 2**20, 2**22)
@@ -130,11 +130,12 @@ def measure(
 
 
 def _undisturbed(tasks: Mapping[tuple, Callable[[], tuple[float, int]]], device: str) -> dict[tuple, tuple]:
-    """Return what each task returns beside a quiet yardstick, or beside the quickest of PASSES."""
+    """Return what each task returns beside a quiet yardstick, which is waited for, or the quickest of PASSES."""
     found: dict[tuple, tuple] = {}  # what the yardstick took beside it, what the task returned
     seen, pending = [yardstick(device)], list(tasks)
     for _ in range(PASSES):
         for key in pending:
+            seen.append(at_a_quiet_moment(device, quiet(seen)))
             result = tasks[key]()
             seen.append(yardstick(device))
             found[key] = min(found.get(key, (math.inf, ())), (max(seen[-2:]), result))

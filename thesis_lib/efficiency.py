@@ -62,21 +62,20 @@ def measure(
     mode: str = "eager",
     sdpa: str | None = None,
     complete: bool = True,
-    runs: int = 50,
-    warmup: int = 10,
-    seconds: float = 10.0,
     threads: int | None = None,
     layers: Sequence[int] | None = None,
     options: dict | None = None,
     seed: int = 0,
+    **timing: Any,
 ) -> list[dict]:
     """Measure one configuration with random weights: its costs, then time and memory at each batch size.
 
     best_batch: go on from the largest batch size, twice as large each time, while the throughput rises by 3 %.
     train_batch: batch of a training step, 0 for none. mode: "eager" or "compiled". sdpa: the one attention kernel that
     may run, of BACKENDS. complete: False leaves out what one visit is enough for (counts, memory, profile, training).
-    A grid that is not served, and what this machine cannot do (see `refusal`), become rows without a value and with a
-    note; larger batches are then skipped.
+    timing: `runs`, `warmup` and `seconds` of `time_forward`, `usual` of `time_beside`. A grid that is not served, and
+    what this machine cannot do (see `refusal`), become rows without a value and with a note; larger batches are then
+    skipped.
     Raises ValueError for an unknown backbone, mixer, dtype, mode or kernel and for a device that is not here.
     """
     attention.get(mixer)
@@ -103,7 +102,7 @@ def measure(
     size = model.patch_embed.img_size
     common |= {"image_size": size[0], "tokens": model.patch_embed.num_patches + model.num_prefix_tokens}
     rows = exact_rows(model, dtype, fused=sdpa != "math") if complete else []
-    pending, best, timing = sorted(batch_sizes), 0.0, {"runs": runs, "warmup": warmup, "seconds": seconds}
+    pending, best = sorted(batch_sizes), 0.0
     with pinned(sdpa):
         while pending:
             batch = pending.pop(0)

@@ -83,7 +83,9 @@ def run(visits: Sequence[Mapping], folder: Path) -> pd.DataFrame:
                 place = folder / f"{fingerprint(visit)}.json"
                 progress.set_description(f"{visit['name']} {visit['image_size']} px {visit['mixer']}")
                 progress.initial += place.is_file()  # it took no time, so it tells nothing of the time left
-                rows.setdefault(what, []).extend(_measured(visit, place))
+                moments = quiet_moments(row for found in rows.values() for row in found)
+                usual = min((ms for (device, _), ms in moments.items() if device == visit.get("device")), default=None)
+                rows.setdefault(what, []).extend(_measured(visit, place, usual))
                 last[what] = visit
                 progress.update()
             moments = quiet_moments(row for found in rows.values() for row in found)
@@ -95,13 +97,13 @@ def run(visits: Sequence[Mapping], folder: Path) -> pd.DataFrame:
     return pool_rounds(row for found in rows.values() for row in found)
 
 
-def _measured(visit: Mapping, place: Path) -> list[dict]:
-    """Return the rows of a visit, measured now unless its file is there."""
+def _measured(visit: Mapping, place: Path, usual: float | None) -> list[dict]:
+    """Return the rows of a visit, measured now, at quiet moments, unless its file is there."""
     if not place.is_file():
         settings = {key: value for key, value in visit.items() if key != "round"}
         name, mixer, size = (settings.pop(key) for key in ("name", "mixer", "image_size"))
         temporary = place.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(measure_apart(name, mixer, size, **settings)))
+        temporary.write_text(json.dumps(measure_apart(name, mixer, size, usual=usual, **settings)))
         temporary.replace(place)
     return json.loads(place.read_text())
 

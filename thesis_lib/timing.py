@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from thesis_lib.cost_model import kind
-from thesis_lib.yardstick import yardstick
+from thesis_lib.yardstick import at_a_quiet_moment, yardstick
 
 UNITS = {
     "macs": "MAC",
@@ -72,12 +72,14 @@ def time_forward(
     return np.array(times)
 
 
-def time_beside(model: Callable[[Tensor], object], x: Tensor, **timing) -> tuple[np.ndarray, dict[str, float]]:
+def time_beside(
+    model: Callable[[Tensor], object], x: Tensor, *, usual: float | None = None, **timing
+) -> tuple[np.ndarray, dict[str, float]]:
     """Time forward passes as `time_forward` does, and the yardstick beside them: {"yardstick": ms}.
 
-    It is timed before and after; the longer counts.
+    It is timed before and after; the longer counts. usual: what it takes at quiet moments, ms, which are waited for.
     """
-    before = yardstick(x.device)
+    before = at_a_quiet_moment(x.device, usual and usual / 1e3)
     times = time_forward(model, x, **timing)
     return times, {"yardstick": 1e3 * max(before, yardstick(x.device))}
 

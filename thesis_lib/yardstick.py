@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 
 DISTURBED = 1.2  # times what is usual at quiet moments: a series of passes, or the yardstick beside it
+PATIENCE = 10.0  # seconds that a process waits for quiet moments: what disturbs comes and goes within some
+
+_waited = 0.0  # by this process
 
 
 def yardstick(device: torch.device | str) -> float:
@@ -33,3 +36,16 @@ def quiet(yardsticks: Iterable[float]) -> float:
     A tenth is quicker still: the seconds for which a cool processor runs faster than it goes on are no measure.
     """
     return float(np.quantile(list(yardsticks), 0.1, method="lower"))
+
+
+def at_a_quiet_moment(device: torch.device | str, usual: float | None) -> float:
+    """Wait until the yardstick takes no longer than at quiet moments; return what it took, seconds.
+
+    A process waits for PATIENCE in all. usual: what it takes at quiet moments, seconds; None: not known, nothing waits.
+    """
+    global _waited
+    took, start = yardstick(device), time.perf_counter()
+    while usual and took > DISTURBED * usual and _waited + time.perf_counter() - start < PATIENCE:
+        took = yardstick(device)
+    _waited += time.perf_counter() - start
+    return took
