@@ -153,7 +153,7 @@ def shrink(profile):
         given["training"] = {"epochs": 1, "max_batches": 1, "batch_size": 4}
     few |= {"max_batches": 1, "mixed_precision": "no"}
     profile["10_proposed_model"]["train"] |= few
-    supervised, sampling, _ = correspondence["runs"]
+    supervised, _, sampling, _ = correspondence["runs"]  # the second is SDXL's
     correspondence["runs"] = [
         supervised | few | {"model": DINOV2, "tune": "lora", "loss": "mse"},
         sampling | few | {"sampling": "grid", "loss": "cross_entropy"},

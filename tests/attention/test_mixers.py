@@ -72,7 +72,7 @@ IMPOSSIBLE = {  # on 8x8 patches and a class token, with 3 heads: an option and 
     "hybrid": [
         ({"dilations": [1, 2, 3], "combine": "split"}, "1 to 3"),
         ({"dilations": [], "linear": False}, "at least 1"),
-        ({"dilations": [5]}, "from 1 to 4"),
+        ({"dilations": [5]}, "at most 4"),
         ({"window": 1}, "at least 2"),
     ],
     "identity": [({"ratio": 2}, "it has none")],
