@@ -122,18 +122,10 @@ def train(
     )
 
 
-def _objective(
-    model: Student,
-    batch: dict[str, Any],
-    taught: bool,
-    loss: str,
-    sampling: str,
-    count: int,
-    temperature: float,
-) -> Tensor:
+def _objective(model: Student, batch: dict[str, Any], *settings: Any) -> Tensor:
     found = model(batch["images"].float() / 255, batch["categories"])["student"]  # (2b, C, h, w)
     with without_autocast(found):  # cosines over a temperature of 0.01 need more digits than half precision has
-        return _score(*found.float().chunk(2), batch, taught, loss, sampling, count, temperature)
+        return _score(*found.float().chunk(2), batch, *settings)
 
 
 def _score(
