@@ -22,8 +22,18 @@ def test_beta_for_tokens(share):
             beta_for_tokens(model, images(2), impossible)
 
 
+def pretend(monkeypatch, yardstick):
+    """Replace the yardstick; what waits for a quiet moment looks at it once, and what it waits for is returned."""
+    told = []
+    monkeypatch.setattr(adaptive_speed, "yardstick", yardstick)
+    monkeypatch.setattr(
+        adaptive_speed, "at_a_quiet_moment", lambda device, usual: told.append(usual) or yardstick(device)
+    )
+    return told
+
+
 def test_tasks_take_turns(monkeypatch):
-    monkeypatch.setattr(adaptive_speed, "yardstick", lambda device: 1.0)
+    pretend(monkeypatch, lambda device: 1.0)
     order = []
     tasks = {name: lambda name=name: order.append(name) for name in "abc"}
     times = interleaved(tasks, rounds=4, device="cpu")
@@ -42,19 +52,19 @@ def test_a_run_beside_a_slow_yardstick_is_repeated_and_the_quietest_counts(monke
         (1.0, 1.0),
     ]
     yardsticks = iter([1.0, *(value for pair in beside for value in pair)])
-    monkeypatch.setattr(adaptive_speed, "yardstick", lambda device: next(yardsticks))
+    told = pretend(monkeypatch, lambda device: next(yardsticks))
     monkeypatch.setattr(adaptive_speed.time, "perf_counter", lambda: clock[0])
     run = lambda: clock.__setitem__(0, clock[0] + next(spent))
     times = interleaved({"a": run, "b": run}, rounds=2, seconds=1e9, device="cpu")
     assert times["a"].tolist() == [5, 5] and times["b"].tolist() == [6, 7]  # 3 was quick, but not beside it
-    assert next(spent, None) is None
+    assert next(spent, None) is None and told == [1.0] * 10
 
 
 def test_the_yardstick_and_the_waiting_are_of_the_tasks_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail(f"{device} was waited for"))
     found = set()
-    monkeypatch.setattr(adaptive_speed, "yardstick", lambda device: found.add(device.type) or 1.0)
+    pretend(monkeypatch, lambda device: found.add(device.type) or 1.0)
     interleaved({"a": lambda: None}, rounds=1, device="cpu")
     model, x = AdaptiveViT(halting_vit(), VARIED), images(2)
     engine_rows(halting_vit(), {"a": model}, x, batch_sizes=[2], rounds=1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from thesis_lib.adaptive_tokens import AdaptiveViT
 from thesis_lib.efficiency import median_row, rotated
 from thesis_lib.token_removal import TokenRemoval, dense_macs, executed_macs
-from thesis_lib.yardstick import DISTURBED, quiet, yardstick
+from thesis_lib.yardstick import DISTURBED, at_a_quiet_moment, quiet, yardstick
 
 TRIES = 5  # at a run that the machine disturbs
 ENGINES = ("dense", "masked", "removing")
@@ -48,9 +48,10 @@ def interleaved(
     """Time tasks in turn, each round starting with the next one: {name: seconds of its runs, float64 (rounds,)}.
 
     device: where the tasks run, which is waited for and has the yardstick.
-    One run of each before is not timed. The yardstick is timed around each run: where it took longer than at quiet
-    moments by more than `yardstick.DISTURBED`, the run is repeated at once, and of TRIES the one beside the quickest
-    yardstick counts. Stops after `rounds`, or once `seconds` have gone by and three are done.
+    One run of each before is not timed. Each waits for a quiet moment, and the yardstick is timed after it, too: where
+    that took longer than at quiet moments by more than `yardstick.DISTURBED`, the run is repeated at once, and of TRIES
+    the one beside the quickest yardstick counts. Stops after `rounds`, or once `seconds` have gone by and three are
+    done.
     """
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for task in tasks.values():
@@ -63,7 +64,7 @@ def interleaved(
         for name in names:
             tried = []
             while len(tried) < TRIES and not any(beside <= DISTURBED * quiet(seen) for beside, _ in tried):
-                before, start = yardstick(device), time.perf_counter()
+                before, start = at_a_quiet_moment(device, quiet(seen)), time.perf_counter()
                 tasks[name]()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)

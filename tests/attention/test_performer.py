@@ -201,17 +201,33 @@ def test_directions_change_on_request_only(attention, tokens):
 
 
 def test_features_are_single_precision_under_autocast_and_in_half(attention, tokens, monkeypatch):
-    mixer, seen = Performer.from_attention(attention(), (8, 8), 1), []
+    mixer, seen = Performer.from_attention(attention(), (8, 8), 1), {}
 
-    def spy(q, k):
-        seen.extend([q, *Performer.factors(mixer, q, k)])
-        return tuple(seen[-3:])
+    def spied(owner, name):
+        function = getattr(owner, name)
 
-    monkeypatch.setattr(mixer, "factors", spy)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        def spy(*args, **kwargs):
+            found = function(*args, **kwargs)
+            parts = [*args, *kwargs.values(), *(found if isinstance(found, tuple) else [found])]
+            seen.setdefault(name, []).append([part.dtype for part in parts if isinstance(part, torch.Tensor)])
+            return found
+
+        monkeypatch.setattr(owner, name, spy)
+
+    spied(mixer, "directions_to_keys")
+    spied(mixer, "tokens_to_directions")
+    spied(torch.nn.functional, "scaled_dot_product_attention")
+    half, single = torch.bfloat16, torch.float32
+    with torch.autocast("cpu", half):
+        with torch.no_grad():
+            mixer(tokens())
+        assert seen == {
+            "directions_to_keys": [[half, *3 * [single]]],  # keys; exponentials, sums, c
+            "scaled_dot_product_attention": [5 * [single]],  # queries, directions, values, c; the result
+        }
         mixer(tokens())
         mixer.attention_map(tokens())
-    assert [part.dtype for part in seen] == 2 * [torch.bfloat16, torch.float32, torch.float32, torch.float32]
+    assert seen["tokens_to_directions"] == 2 * [[half, single, single]]  # queries, c; the softmax
     half = Performer.from_attention(attention().half(), (8, 8), 1)
     assert half.directions.dtype == torch.float32 and torch.equal(half.directions, mixer.directions)
 

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thesis_lib.attention.base import SOFTMAX, Cost, integer
@@ -22,7 +23,8 @@ class Performer(MHA):
     With t_mj = w_m k_j - |k_j|^2 / 2 and c_m = logsumexp_j t_mj the estimate is a product of two softmaxes,
     softmax_m(q_i w_m + c_m) softmax_j(t_mj): the directions attend to the keys and the tokens to the directions. Rows
     sum to 1, with no normaliser to multiply out (N m h MACs) and, however long q and k, no denominator that vanishes.
-    The products are taken in the cheaper order, which for N below 2 d_h m / (d_h + m) is the N x N one.
+    The products are taken in the cheaper order, which for N below 2 d_h m / (d_h + m) is the N x N one. In the other one
+    the tokens' softmax, with c_m added to its scores, runs on the fused kernel where no gradient is wanted.
 
     The error falls as m^-1/2 for short queries and keys only. Where they are long (independent numbers of unit variance
     at d_h = 64 are long enough) a thousand features do worse than the plain mean of the values: such a layer must be
@@ -65,37 +67,50 @@ class Performer(MHA):
         self.options["seed"] = integer("seed", seed, 0)
         self.directions.copy_(self.draw())
 
-    def factors(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Softmax of the tokens over the directions (B, h, N, m), and of the directions over the keys (B, h, m, N).
+    def scaled(self, heads: torch.Size) -> Tensor:
+        """Directions for queries and keys that are not scaled themselves, repeated: (B, h, m, d_h)."""
+        return (precise(self.directions) * self.head_dim**-0.25).expand(*heads, -1, -1)
 
-        The latter is still to be divided by its sums (B, h, m, 1), which is cheaper once it met the values.
+    def directions_to_keys(self, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """exp(t_mj - max_j t_mj) (B, h, m, N), its sums over the keys (B, h, m, 1), and c_m (B, h, 1, m).
+
+        Dividing by the sums is cheaper once the exponentials have met the values.
         """
-        heads = q.shape[:2]
-        q, k = precise(q).flatten(0, 1), precise(k).flatten(0, 1)  # (B h, N, d_h)
-        directions = (precise(self.directions) * self.head_dim**-0.25).expand(q.shape[0], -1, -1)  # (B h, m, d_h)
+        heads = k.shape[:2]
+        directions, k = self.scaled(heads).flatten(0, 1), precise(k).flatten(0, 1)  # (B h, m, d_h), (B h, N, d_h)
         norms = k.square().sum(-1).unsqueeze(1) * (-0.5 * self.head_dim**-0.5)  # (B h, 1, N)
         keys = torch.baddbmm(norms, directions, k.mT)  # t_mj
         largest = keys.detach().amax(-1, keepdim=True)
         keys = keys.sub_(largest).exp_()
         sums = keys.sum(-1, keepdim=True)
-        tokens = torch.baddbmm((largest + sums.log()).mT, q, directions.mT).softmax(-1)
-        return tokens.unflatten(0, heads), keys.unflatten(0, heads), sums.unflatten(0, heads)
+        found = keys, sums, (largest + sums.log()).mT
+        return tuple(part.unflatten(0, heads) for part in found)
+
+    def tokens_to_directions(self, q: Tensor, c: Tensor) -> Tensor:
+        """softmax_m(q_i w_m + c_m), (B, h, N, m)."""
+        heads, q = q.shape[:2], precise(q).flatten(0, 1)
+        directions = self.scaled(heads).flatten(0, 1)
+        return torch.baddbmm(c.flatten(0, 1), q, directions.mT).softmax(-1).unflatten(0, heads)
 
     def mix_heads(self, x: Tensor) -> Tensor:
         q, k, v = self.query_key_value(x)
         with without_autocast(x):
-            tokens, keys, sums = self.factors(q, k)
+            keys, sums, c = self.directions_to_keys(k)
             if quadratic(x.shape[1], self.head_dim, self.options["features"]):
-                y = tokens @ (keys / sums) @ precise(v)
+                y = self.tokens_to_directions(q, c) @ (keys / sums) @ precise(v)
+            elif c.requires_grad:  # the fused kernels have no gradient for what is added to the scores
+                y = self.tokens_to_directions(q, c) @ (keys @ precise(v) / sums)
             else:
-                y = tokens @ (keys @ precise(v) / sums)
+                values = keys @ precise(v) / sums  # (B, h, m, d_h)
+                directions = self.scaled(q.shape[:2])
+                y = F.scaled_dot_product_attention(precise(q), directions, values, attn_mask=c, scale=1.0)
         return y.to(v.dtype)
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """The estimate of softmax(q k^T / sqrt(d_h)), (B, h, N, N)."""
         with without_autocast(q):
-            tokens, keys, sums = self.factors(q, k)
-            return (tokens @ (keys / sums)).to(q.dtype)
+            keys, sums, c = self.directions_to_keys(k)
+            return (self.tokens_to_directions(q, c) @ (keys / sums)).to(q.dtype)
 
     @classmethod
     def closed_form(cls, tokens, dim, heads, grid, prefix_tokens, options) -> Cost:
