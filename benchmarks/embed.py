@@ -1,13 +1,14 @@
 """Time `thesis_lib.embed` against what bounds it, and watch its memory over the number of images.
 
     python benchmarks/embed.py [--counts 1000 4000 16000] [--native 128] [--metric pool] [--threads 1] [--workers 1]
+    python benchmarks/embed.py --metric vit_base_patch16_224.dino --native 768 --counts 128 --sample 32 --batch-size 16
     python benchmarks/embed.py --gain [--backbone demo vit_small_patch16_224.dino]
 
-The images are links to a thousand PNG files. Every count runs in a process of its own: its peak resident memory, and
-the rate of the run beside those of the bare model (images ready in memory) and of bare decoding (same threads, nothing
-else), measured in the same process right before and after. Beside them CPU seconds, which a busy machine hardly
-changes: those of the run over those of bare model and bare decoding together are its overhead. By --gain: the class
-token of the last block alone against the full block, by depth, in CPU seconds, measured in turn.
+The images are links to a thousand PNG files at most. Every count runs in a process of its own: its peak resident
+memory, and the rate of the run beside those of the bare model (images ready in memory) and of bare decoding (same
+threads, nothing else), measured in the same process right before and after. Beside them CPU seconds, which a busy
+machine hardly changes: those of the run over those of bare model and bare decoding together are its overhead. By
+--gain: the class token of the last block alone against the full block, by depth, in CPU seconds, measured in turn.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from thesis_lib import backbone, class_token, closed_form, embed, perceptual
+from thesis_lib import attention, backbone, class_token, closed_form, embed, perceptual
 from thesis_lib.datasets.pixels import File
 
 DISTINCT = 1000
@@ -63,10 +64,17 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def metric_of(name: str) -> perceptual.Metric:
+    """Load a metric, or make one of a timm backbone with random weights."""
+    if name in attention.MIXERS or Path(name).is_dir():
+        return perceptual.load(name)[0]
+    return perceptual.Metric(backbone.create(name, pretrained=False)).eval().requires_grad_(False)
+
+
 def measure(folder: Path, out: Path, options: argparse.Namespace) -> dict[str, float]:
     """Embed one collection; images/s, CPU ms an image, and MiB held before and at most."""
     torch.set_num_threads(options.threads)
-    metric, _ = perceptual.load(options.metric)
+    metric = metric_of(options.metric)
     size, device = tuple(metric.backbone.patch_embed.img_size), options.device
     ready = torch.randint(0, 256, (options.sample, 3, *size), dtype=torch.uint8)
     count = sum(1 for _ in folder.rglob("*.png"))
@@ -94,7 +102,7 @@ def at_scale(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         root = Path(temporary)
         (root / "files").mkdir()
-        files = [root / "files" / f"{k:04d}.png" for k in range(DISTINCT)]
+        files = [root / "files" / f"{k:04d}.png" for k in range(min(DISTINCT, max(options.counts)))]
         for k, path in enumerate(files):
             write_image(path, k, options.native)
         found = []
@@ -144,7 +152,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[1000, 4000, 16000])
     parser.add_argument("--native", type=int, default=128, help="side of the image files, pixels")
-    parser.add_argument("--metric", default="pool", help="mixer of the demo backbone, or folder of a saved metric")
+    parser.add_argument(
+        "--metric", default="pool", help="mixer of the demo backbone, folder of a saved metric, or timm's backbone"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=perceptual.DTYPES, default="float32")
     parser.add_argument("--batch-size", type=int, default=64)

@@ -23,6 +23,7 @@ from thesis_lib import backbone, closed_form, gpu
 from thesis_lib.ceilings import Ceilings
 from thesis_lib.cost_model import predict, record, totals
 from thesis_lib.efficiency import measure_apart, pool_rounds, quiet_moments, quiet_rounds, rotated
+from thesis_lib.processes import side_by_side
 
 PACKAGE = Path(__file__).parent
 QUIET_ROUNDS = 2  # wanted of each configuration, where as many are planned: one alone may be a disturbed one unnoticed
@@ -134,23 +135,32 @@ def predictions(
 
     Rows: metric predicted, ms, with its terms, ms, and multiply-adds. A grid that is not served has no row.
     """
+    wanted = [
+        (name, size, mixer, (mixer_options or {}).get(mixer, {}))
+        for name in sizes
+        for size in sizes[name]
+        for mixer in mixers
+    ]
+    one = functools.partial(_predicted, ceilings, batch_sizes)
+    return pd.DataFrame([row for rows in side_by_side(one, wanted, chunksize=4) for row in rows])
+
+
+def _predicted(ceilings: Ceilings, batch_sizes: Sequence[int], configuration: tuple) -> list[dict]:
+    name, size, mixer, options = configuration
+    try:
+        model = backbone.create(name, mixer, pretrained=False, img_size=size, **options)
+    except ValueError:
+        return []
+    tokens, where = model.patch_embed.num_patches + model.num_prefix_tokens, model.patch_embed.img_size
+    common = {"backbone": name, "mixer": mixer, "image_size": size, "tokens": tokens, "mode": "eager", "n": 1}
+    common |= {"device": ceilings.device, "dtype": ceilings.dtype, "metric": "predicted", "unit": "ms"}
     rows = []
-    wanted = [(name, size, mixer) for name in sizes for size in sizes[name] for mixer in mixers]
-    for name, size, mixer in wanted:
-        try:
-            options = (mixer_options or {}).get(mixer, {})
-            model = backbone.create(name, mixer, pretrained=False, img_size=size, **options)
-        except ValueError:
-            continue
-        tokens, where = model.patch_embed.num_patches + model.num_prefix_tokens, model.patch_embed.img_size
-        common = {"backbone": name, "mixer": mixer, "image_size": size, "tokens": tokens, "mode": "eager", "n": 1}
-        common |= {"device": ceilings.device, "dtype": ceilings.dtype, "metric": "predicted", "unit": "ms"}
-        for batch in batch_sizes:
-            operations = record(model, batch, where, dtype=ceilings.dtype)
-            parts = {term: 1e3 * seconds for term, seconds in predict(operations, ceilings).items()}
-            macs = totals(operations)["macs"]
-            rows.append(common | parts | {"batch": batch, "macs": macs, "value": sum(parts.values())})
-    return pd.DataFrame(rows)
+    for batch in batch_sizes:
+        operations = record(model, batch, where, dtype=ceilings.dtype)
+        parts = {term: 1e3 * seconds for term, seconds in predict(operations, ceilings).items()}
+        macs = totals(operations)["macs"]
+        rows.append(common | parts | {"batch": batch, "macs": macs, "value": sum(parts.values())})
+    return rows
 
 
 def beside_measured(predicted: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:

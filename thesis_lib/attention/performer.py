@@ -23,7 +23,7 @@ class Performer(MHA):
     With t_mj = w_m k_j - |k_j|^2 / 2 and c_m = logsumexp_j t_mj the estimate is a product of two softmaxes,
     softmax_m(q_i w_m + c_m) softmax_j(t_mj): the directions attend to the keys and the tokens to the directions. Rows
     sum to 1, with no normaliser to multiply out (N m h MACs) and, however long q and k, no denominator that vanishes.
-    The products are taken in the cheaper order, which for N below 2 d_h m / (d_h + m) is the N x N one. In the other one
+    The products are taken in the cheaper order, which for N below 2 d_h m / (d_h + m) is the N x N one. In the other,
     the tokens' softmax, with c_m added to its scores, runs on the fused kernel where no gradient is wanted.
 
     The error falls as m^-1/2 for short queries and keys only. Where they are long (independent numbers of unit variance
