@@ -70,7 +70,8 @@ def run(visits: Sequence[Mapping], folder: Path) -> pd.DataFrame:
     """Measure what `folder` does not hold yet, showing progress and the time left, and return all visits pooled.
 
     What has fewer than QUIET_ROUNDS undisturbed rounds (see `efficiency.pool_rounds`) is visited again, up to
-    MORE_ROUNDS times. Interrupted, it has kept every finished visit; `clear` forgets them.
+    MORE_ROUNDS times, and then waits for quiet moments (`yardstick.at_a_quiet_moment`). Interrupted, it has kept every
+    finished visit; `clear` forgets them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pending, last, rows = list(visits), {}, {}
@@ -84,8 +85,11 @@ def run(visits: Sequence[Mapping], folder: Path) -> pd.DataFrame:
                 place = folder / f"{fingerprint(visit)}.json"
                 progress.set_description(f"{visit['name']} {visit['image_size']} px {visit['mixer']}")
                 progress.initial += place.is_file()  # it took no time, so it tells nothing of the time left
-                moments = quiet_moments(row for found in rows.values() for row in found)
-                usual = min((ms for (device, _), ms in moments.items() if device == visit.get("device")), default=None)
+                usual = None
+                if again:  # before, waiting through a long noise would take as long as all the visits
+                    moments = quiet_moments(row for found in rows.values() for row in found)
+                    times = (ms for (device, _), ms in moments.items() if device == visit.get("device"))
+                    usual = min(times, default=None)
                 rows.setdefault(what, []).extend(_measured(visit, place, usual))
                 last[what] = visit
                 progress.update()
@@ -99,7 +103,7 @@ def run(visits: Sequence[Mapping], folder: Path) -> pd.DataFrame:
 
 
 def _measured(visit: Mapping, place: Path, usual: float | None) -> list[dict]:
-    """Return the rows of a visit, measured now, at quiet moments, unless its file is there."""
+    """Return the rows of a visit, measured now unless its file is there."""
     if not place.is_file():
         settings = {key: value for key, value in visit.items() if key != "round"}
         name, mixer, size = (settings.pop(key) for key in ("name", "mixer", "image_size"))
