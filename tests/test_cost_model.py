@@ -31,7 +31,7 @@ def flat(rate=1e9, overhead=1e-6, **others):
         name: Curve(overhead, axis, np.full([2] * len(axis), float(others.get(name, rate))))
         for name, axis in axes.items()
     }
-    return Ceilings("cpu", "float32", 1, curves | {"view": Curve(overhead), "module": Curve(overhead)})
+    return Ceilings("cpu", "float32", 1, curves | {"view": Curve(overhead), "module": Curve(overhead)}, 1.0)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -193,12 +193,26 @@ def test_ceilings_are_measured_in_their_units_for_every_family(monkeypatch):
 
 def test_a_point_beside_a_slow_yardstick_is_measured_again(monkeypatch):
     """The machine was slow after b and after d; the second time it is quiet beside b, and slower still beside d."""
+
+    def measured(names):
+        left = {name: iter(spent) for name, spent in names.items()}
+        return ceilings._undisturbed({name: lambda name=name: (next(left[name]), 7) for name in names}, "cpu")
+
     yardsticks = iter([1.0, 1.1, 1.5, 1.0, 1.9, *(1.1, 2.5)])
     monkeypatch.setattr(ceilings, "yardstick", lambda device: next(yardsticks))
     monkeypatch.setattr(ceilings, "at_a_quiet_moment", lambda device, usual: usual)
-    results = {name: iter([(first, 1), (second, 1)]) for name, first, second in ("aAx", "bBx", "cCx", "dDx")}
-    found = ceilings._undisturbed({name: lambda name=name: next(results[name]) for name in "abcd"}, "cpu")
-    assert found == {"a": ("A", 1), "b": ("x", 1), "c": ("C", 1), "d": ("D", 1)} and next(yardsticks, None) is None
+    level, found = measured({"a": [3.0], "b": [9.0, 4.0], "c": [5.0], "d": [9.5, 12.0]})
+    assert next(yardsticks, None) is None and level == 1.0
+    assert found == {"a": (3.0, 7), "b": (4.0, 7), "c": (5.0, 7), "d": (pytest.approx(5.0), 7)}  # d's at a quiet moment
+
+
+def test_in_a_slow_hour_what_came_beside_a_rare_quick_moment_is_brought_to_the_others(monkeypatch):
+    took = {name: 1.0 if name == "c" else 2.0 for name in "abcdefghijkl"}
+    before, after = iter(took.values()), iter([2.0, *took.values()])
+    monkeypatch.setattr(ceilings, "at_a_quiet_moment", lambda device, usual: next(before))
+    monkeypatch.setattr(ceilings, "yardstick", lambda device: next(after))
+    level, found = ceilings._undisturbed({name: lambda name=name: (3.0 * took[name], 7) for name in took}, "cpu")
+    assert level == 2.0 and found == dict.fromkeys(took, (6.0, 7))
 
 
 class Written(TorchDispatchMode):
@@ -230,6 +244,20 @@ def test_of_several_ceilings_each_point_is_the_least_disturbed():
     assert (both.device, both.dtype, both.threads) == (fast.device, fast.dtype, fast.threads)
 
 
+def test_ceilings_of_a_slow_hour_are_those_of_a_quick_one_once_brought_there():
+    quick = flat(rate=2e9, overhead=1e-6)
+    slow = quick.at(1.6)
+    assert slow.yardstick == 1.6 and slow.curves["add"].overhead == pytest.approx(1.6e-6)
+    assert slow.curves["mm"].rate((2, 2, 2)) == pytest.approx(1.25e9) and slow.curves["view"].rates is None
+    assert sum(cost_model.predict(cost_model.record(tiny("sra"), 1, (32, 32)), slow).values()) == pytest.approx(
+        1.6 * sum(cost_model.predict(cost_model.record(tiny("sra"), 1, (32, 32)), quick).values())
+    )
+    both = ceilings.best([slow, quick])
+    assert both.yardstick == 1.0 and both.curves["mm"].rate((2, 2, 2)) == pytest.approx(2e9)
+    assert both.curves["add"].overhead == pytest.approx(1e-6)
+    assert {row["yardstick"] for row in slow.rows()} == {1600.0}
+
+
 def test_seconds_is_the_time_of_one_call():
     calls = []
     between = lambda: calls.append("other")
@@ -241,5 +269,5 @@ def test_the_matrix_rate_counts_the_overhead_of_the_call():
     """A product as short as its overhead has any net rate: here 8 multiply-adds in no time beside the call."""
     rates = np.array([1e15, 1e6]).reshape(2, 1, 1)
     curve = ceilings.Curve(1e-3, ((2, 2000), (2,), (2,)), rates)
-    found = ceilings.Ceilings("cpu", "float32", 1, {"mm": curve}).matmul()
+    found = ceilings.Ceilings("cpu", "float32", 1, {"mm": curve}, 1.0).matmul()
     assert found == pytest.approx(8000 / (1e-3 + 8000 / 1e6))

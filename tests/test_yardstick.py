@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from thesis_lib import yardstick as module
-from thesis_lib.yardstick import PATIENCE, at_a_quiet_moment, quiet, yardstick
+from thesis_lib.yardstick import PATIENCE, at_a_quiet_moment, common, quiet, yardstick
 
 
 def test_the_yardstick_is_seconds_of_a_small_product():
@@ -37,3 +37,13 @@ def test_a_quiet_moment_is_waited_for_with_limited_patience(machine):
     assert at_a_quiet_moment("cpu", 1.0) == 2.0 and module._waited == pytest.approx(PATIENCE, abs=1)
     machine([2.0, 1.0])
     assert at_a_quiet_moment("cpu", 1.0) == 2.0  # patience is at its end
+
+
+def test_times_are_compared_where_most_series_have_them():
+    mostly_quick = [[0.35, 0.36, 0.6], [0.36, 0.38], [0.35, 0.6, 0.61], [0.6, 0.6]]
+    assert common(mostly_quick, 2) == 0.35
+    mostly_slow = [[0.6, 0.61], [0.62, 0.36], [0.6, 0.65], [0.35, 0.36, 0.6, 0.66]]
+    assert common(mostly_slow, 2) == 0.6
+    assert common([[1.0, 2.0], [1.0, 2.0]], 2) == 1.0  # of equals the quickest
+    many = [[1.0] * 6, [2.0], [2.0], [2.0]]  # six rounds of one series count as two
+    assert common(many, 2) == 2.0 and common(many, 6) == 1.0

@@ -55,12 +55,21 @@ class Curve:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The curves of one device, number format and thread count."""
+    """The curves of one device, number format and thread count, at moments when the yardstick takes so many seconds."""
 
     device: str
     dtype: str
     threads: int
     curves: dict[str, Curve]
+    yardstick: float
+
+    def at(self, yardstick: float) -> "Ceilings":
+        """Return them at other moments: all takes as many times longer as the yardstick, seconds, does."""
+        slower, curves = yardstick / self.yardstick, {}
+        for family, curve in self.curves.items():
+            rates = None if curve.rates is None else curve.rates / slower
+            curves[family] = Curve(curve.overhead * slower, curve.axes, rates)
+        return replace(self, curves=curves, yardstick=yardstick)
 
     def bandwidth(self, count: int) -> float:
         """Return the bytes a second that a copy reads and writes when it moves `count` bytes in all."""
@@ -79,6 +88,7 @@ class Ceilings:
     def rows(self) -> list[dict]:
         """Return all of it as result rows: `overhead` in us, and `rate` at each grid point, its sizes in a column."""
         common = {"device": self.device, "dtype": self.dtype, "threads": self.threads, "n": 1}
+        common |= {"yardstick": 1e3 * self.yardstick}  # ms
         rows = []
         for family, curve in self.curves.items():
             own = common | {"family": family}
@@ -96,7 +106,8 @@ def measure(
     """Measure every curve; `seconds` is spent on each of about 200 points, more where one call takes longer.
 
     The yardstick is timed around each point. Points where it took longer than at quiet moments by more than
-    `yardstick.DISTURBED` are measured again, PASSES times in all, and what came beside the quickest counts.
+    `yardstick.DISTURBED` are measured again, PASSES times in all; what came beside the quickest counts, at what it
+    would be at a quiet moment.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -120,32 +131,47 @@ def measure(
     tasks["view", None] = lambda: (_seconds(lambda: [x.transpose(0, 1) for _ in range(4)], between, seconds) / 4, 0)
     tasks["module", None] = lambda: (_seconds(lambda: [module(x) for _ in range(4)], between, seconds) / 4, 0)
     with torch.inference_mode():
-        found = _undisturbed(tasks, device)
+        level, found = _undisturbed(tasks, device)
     curves = {family: Curve(found[family, None][0]) for family in ("view", "module")}
     for family, (axes, _) in families.items():
         overhead, points = found[family, None][0], [found[family, sizes] for sizes in itertools.product(*axes)]
         rates = np.array([work / max(spent - overhead, 0.05 * spent) for spent, work in points])
         curves[family] = Curve(overhead, axes, rates.reshape([len(axis) for axis in axes]))
-    return Ceilings(device, dtype, torch.get_num_threads(), curves)
+    return Ceilings(device, dtype, torch.get_num_threads(), curves, level)
 
 
-def _undisturbed(tasks: Mapping[tuple, Callable[[], tuple[float, int]]], device: str) -> dict[tuple, tuple]:
-    """Return what each task returns beside a quiet yardstick, which is waited for, or the quickest of PASSES."""
+def _undisturbed(
+    tasks: Mapping[tuple, Callable[[], tuple[float, int]]], device: str
+) -> tuple[float, dict[tuple, tuple]]:
+    """Return what the yardstick takes at quiet moments, seconds, and what each task, seconds and work, there.
+
+    Quiet moments are waited for. What finds none in PASSES is taken for as many times slower as the yardstick was; in a
+    slow hour what came beside a rare quick moment for as many times quicker.
+    """
     found: dict[tuple, tuple] = {}  # what the yardstick took beside it, what the task returned
-    seen, pending = [yardstick(device)], list(tasks)
+    seen, pending, beside = [yardstick(device)], list(tasks), []
     for _ in range(PASSES):
         for key in pending:
             seen.append(at_a_quiet_moment(device, quiet(seen)))
             result = tasks[key]()
             seen.append(yardstick(device))
-            found[key] = min(found.get(key, (math.inf, ())), (max(seen[-2:]), result))
-        pending = [key for key in tasks if found[key][0] > DISTURBED * quiet(seen)]
-    return {key: result for key, (_, result) in found.items()}
+            beside.append(max(seen[-2:]))
+            found[key] = min(found.get(key, (math.inf, ())), (beside[-1], result))
+        pending = [key for key in tasks if found[key][0] > DISTURBED * quiet(beside)]
+    level = quiet(beside)
+    alike = lambda took: level / DISTURBED <= took <= DISTURBED * level
+    return level, {
+        key: (spent if alike(took) else spent * level / took, work) for key, (took, (spent, work)) in found.items()
+    }
 
 
 def best(parts: Sequence[Ceilings]) -> Ceilings:
-    """Take the shortest times of several measurements of one device, format and thread count, point by point."""
-    curves = {}
+    """Take the shortest times of several measurements of one device, format and thread count, point by point.
+
+    They are what each is when the yardstick takes as long as in the quickest measurement.
+    """
+    curves, least = {}, min(part.yardstick for part in parts)
+    parts = [part.at(least) for part in parts]
     for family, curve in parts[0].curves.items():
         same = [part.curves[family] for part in parts]
         rates = None if curve.rates is None else np.max([other.rates for other in same], axis=0)

@@ -8,6 +8,7 @@ import argparse
 import functools
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -38,7 +39,7 @@ from thesis_lib.timing import (
     time_split,
     training_rows,
 )
-from thesis_lib.yardstick import DISTURBED, quiet
+from thesis_lib.yardstick import DISTURBED, common
 
 __all__ = ["UNITS", "latency", "measure", "measure_apart", "median_row", "missing", "peak_memory", "pool_rounds"]
 __all__ += ["refusal", "rotated", "throughput", "time_forward"]
@@ -46,6 +47,7 @@ __all__ += ["refusal", "rotated", "throughput", "time_forward"]
 KEYS = ["backbone", "mixer", "image_size", "tokens", "dtype", "device", "mode", "sdpa_pinned", "batch", "metric"]
 MODES = ("eager", "compiled")
 UNSERVED = ("macs", "params", "latency", "throughput", "peak_memory")  # the rows of a configuration that never ran
+LIKE_ROUNDS = 2  # of each series, that can be compared: one alone may be a disturbed one unnoticed
 LARGEST_BATCH, RISE = 4096, 1.03  # the search for the best batch ends there, or where twice the batch gains less
 
 
@@ -202,32 +204,37 @@ def rotated(items: Sequence, rounds: int) -> list[list]:
     return [[items[(start + i) % len(items)] for i in range(len(items))] for start in range(rounds)]
 
 
-def quiet_moments(rows: Iterable[dict]) -> dict[tuple, float]:
-    """Return the time of the yardstick at quiet moments, ms, by device and number of threads."""
-    beside: dict[tuple, list[float]] = {}
-    for found in rows:
-        if "yardstick" in found:
-            beside.setdefault((found.get("device"), found.get("threads")), []).append(found["yardstick"])
-    return {where: quiet(times) for where, times in beside.items()}
+def usual_yardsticks(rows: Iterable[dict]) -> dict[tuple, float]:
+    """Return what the yardstick takes beside the rounds that are compared, ms, by device and number of threads.
+
+    It is chosen (`yardstick.common`) so that most series have LIKE_ROUNDS of them.
+    """
+    beside: dict[tuple, list[list[float]]] = {}
+    for rounds in _merged(found for found in rows if "yardstick" in found):
+        where = rounds[0].get("device"), rounds[0].get("threads")
+        beside.setdefault(where, []).append([found["yardstick"] for found in rounds])
+    return {where: common(series, LIKE_ROUNDS) for where, series in beside.items()}
 
 
-def quiet_rounds(rows: Iterable[dict], moments: dict[tuple, float]) -> float:
-    """Count the rounds that the machine left alone, in the series that has fewest; inf where nothing is timed."""
+def like_rounds(rows: Iterable[dict], usual: dict[tuple, float]) -> float:
+    """Count the rounds that can be compared, in the series that has fewest; inf where nothing is timed."""
     merged = _merged(found for found in rows if "samples" in found)
-    return min((sum(_quiet(found, moments) for found in rounds) for rounds in merged), default=math.inf)
+    return min((sum(_like(found, usual) for found in rounds) for rounds in merged), default=math.inf)
 
 
-def pool_rounds(rows: Iterable[dict]) -> pd.DataFrame:
+def pool_rounds(rows: Iterable[dict], usual: dict[tuple, float] | None = None) -> pd.DataFrame:
     """Merge the rounds of each configuration: samples are pooled and described anew, the rest is kept once.
 
-    What else runs on a machine makes it slower, for seconds on end, never faster. Left out are rounds beside which the
-    yardstick (`timing.time_beside`) took longer than at quiet moments by more than DISTURBED, and those whose own
-    median is worse than the best one's by as much; `disturbed` counts them among the `rounds`. Where no round was
-    quiet, the best of them stand, and all are counted. The samples stay in a column of lists.
+    What else runs on a machine makes it slower, for seconds or for an hour. Left out are rounds beside which the
+    yardstick (`timing.time_beside`) was not as quick as beside most (`usual_yardsticks`), and those whose own median is
+    worse than the best one's by more than DISTURBED; `disturbed` counts them among the `rounds`. Where no round is like
+    most, the best of them stand, and all are counted. `yardstick`: what it took beside those that stand, ms, the
+    median. The samples stay in a column of lists. usual: what the yardstick should have taken, by device and threads,
+    where other rows say it.
     """
     rows = list(rows)
-    moments = quiet_moments(rows)
-    return pd.DataFrame([_pooled(rounds, moments) for rounds in _merged(rows)])
+    usual = usual_yardsticks(rows) | (usual or {})
+    return pd.DataFrame([_pooled(rounds, usual) for rounds in _merged(rows)])
 
 
 def _merged(rows: Iterable[dict]) -> list[list[dict]]:
@@ -237,24 +244,28 @@ def _merged(rows: Iterable[dict]) -> list[list[dict]]:
     return list(merged.values())
 
 
-def _quiet(found: dict, moments: dict[tuple, float]) -> bool:
-    where = found.get("device"), found.get("threads")
-    return "yardstick" not in found or found["yardstick"] <= DISTURBED * moments[where]
+def _like(found: dict, usual: dict[tuple, float]) -> bool:
+    if "yardstick" not in found:
+        return True
+    least = usual[found.get("device"), found.get("threads")]
+    return least <= found["yardstick"] <= DISTURBED * least
 
 
-def _pooled(rounds: Sequence[dict], moments: dict[tuple, float]) -> dict:
+def _pooled(rounds: Sequence[dict], usual: dict[tuple, float]) -> dict:
     told = {key: value for found in reversed(rounds) for key, value in found.items()}  # by the first that says it
     told.pop("yardstick", None)
     timed = [found for found in rounds if "samples" in found]
     if not timed:
         return told
-    beside_quiet = [found for found in timed if _quiet(found, moments)]
-    standing = beside_quiet or timed
+    like = [found for found in timed if _like(found, usual)]
+    standing = like or timed
     cost = [1 / found["value"] if found["metric"] == "throughput" else found["value"] for found in standing]
     kept = [found for found, own in zip(standing, cost, strict=True) if own <= DISTURBED * min(cost)]
     pooled = median_row(kept[0]["metric"], [sample for found in kept for sample in found["samples"]])
-    disturbed = len(timed) - len(kept) if beside_quiet else len(timed)
-    return told | pooled | {"rounds": len(timed), "disturbed": disturbed, "note": timed[-1].get("note")}
+    told |= {"rounds": len(timed), "disturbed": len(timed) - len(kept) if like else len(timed)}
+    if beside := [found["yardstick"] for found in kept if "yardstick" in found]:
+        told["yardstick"] = statistics.median(beside)
+    return told | pooled | {"note": timed[-1].get("note")}
 
 
 def _count(text: str) -> int:

@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 from thesis_lib import backbone, closed_form, gpu
 from thesis_lib.ceilings import Ceilings
 from thesis_lib.cost_model import predict, record, totals
-from thesis_lib.efficiency import measure_apart, pool_rounds, quiet_moments, quiet_rounds, rotated
+from thesis_lib.efficiency import LIKE_ROUNDS, like_rounds, measure_apart, pool_rounds, rotated, usual_yardsticks
 from thesis_lib.processes import side_by_side
+from thesis_lib.yardstick import quiet
 
 PACKAGE = Path(__file__).parent
-QUIET_ROUNDS = 2  # wanted of each configuration, where as many are planned: one alone may be a disturbed one unnoticed
 MORE_ROUNDS = 4  # at most, for what has fewer
 # A change there is another measurement.
 MEASURED_BY = ("efficiency", "timing", "yardstick", "backbone", "class_token", "attention/*")
@@ -66,16 +66,18 @@ def fingerprint(visit: Mapping) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def run(visits: Sequence[Mapping], folder: Path) -> pd.DataFrame:
+def run(visits: Sequence[Mapping], folder: Path, like: pd.DataFrame | None = None) -> pd.DataFrame:
     """Measure what `folder` does not hold yet, showing progress and the time left, and return all visits pooled.
 
-    What has fewer than QUIET_ROUNDS undisturbed rounds (see `efficiency.pool_rounds`) is visited again, up to
-    MORE_ROUNDS times, and then waits for quiet moments (`yardstick.at_a_quiet_moment`). Interrupted, it has kept every
-    finished visit; `clear` forgets them.
+    What has fewer than LIKE_ROUNDS rounds that can be compared (see `efficiency.pool_rounds`) is visited again, up to
+    MORE_ROUNDS times, and then waits where the machine is slower than beside most. Interrupted, it has kept every
+    finished visit; `clear` forgets them. like: rows of an earlier run that these are to be compared with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pending, last, rows = list(visits), {}, {}
-    wanted = min(QUIET_ROUNDS, 1 + max((visit.get("round", 0) for visit in visits), default=0))
+    wanted = min(LIKE_ROUNDS, 1 + max((visit.get("round", 0) for visit in visits), default=0))
+    given = {} if like is None else _usual(like)
+    usual = lambda: usual_yardsticks(row for found in rows.values() for row in found) | given
     with tqdm(total=len(visits), unit="run") as progress:
         for again in range(1 + MORE_ROUNDS):
             for visit in pending:
@@ -85,21 +87,24 @@ def run(visits: Sequence[Mapping], folder: Path) -> pd.DataFrame:
                 place = folder / f"{fingerprint(visit)}.json"
                 progress.set_description(f"{visit['name']} {visit['image_size']} px {visit['mixer']}")
                 progress.initial += place.is_file()  # it took no time, so it tells nothing of the time left
-                usual = None
-                if again:  # before, waiting through a long noise would take as long as all the visits
-                    moments = quiet_moments(row for found in rows.values() for row in found)
-                    times = (ms for (device, _), ms in moments.items() if device == visit.get("device"))
-                    usual = min(times, default=None)
-                rows.setdefault(what, []).extend(_measured(visit, place, usual))
+                times = usual() if again else {}  # to wait at once, through a slow hour, would take as long as all else
+                moment = min((ms for (device, _), ms in times.items() if device == visit.get("device")), default=None)
+                rows.setdefault(what, []).extend(_measured(visit, place, moment))
                 last[what] = visit
                 progress.update()
-            moments = quiet_moments(row for found in rows.values() for row in found)
-            disturbed = [what for what, found in rows.items() if quiet_rounds(found, moments) < wanted]
+            times = usual()
+            disturbed = [what for what, found in rows.items() if like_rounds(found, times) < wanted]
             if not disturbed or again == MORE_ROUNDS:
                 break
             pending = [last[what] | {"complete": False, "round": last[what].get("round", 0) + 1} for what in disturbed]
             progress.total += len(pending)
-    return pool_rounds(row for found in rows.values() for row in found)
+    return pool_rounds((row for found in rows.values() for row in found), given)
+
+
+def _usual(rows: pd.DataFrame) -> dict[tuple, float]:
+    """Return what the yardstick took beside the rounds that stand, ms, by device and threads: the tenth part less."""
+    timed = rows[rows["yardstick"].notna()]
+    return {where: quiet(part["yardstick"]) for where, part in timed.groupby(["device", "threads"])}
 
 
 def _measured(visit: Mapping, place: Path, usual: float | None) -> list[dict]:
@@ -111,6 +116,12 @@ def _measured(visit: Mapping, place: Path, usual: float | None) -> list[dict]:
         temporary.write_text(json.dumps(measure_apart(name, mixer, size, usual=usual, **settings)))
         temporary.replace(place)
     return json.loads(place.read_text())
+
+
+def usual_yardstick(rows: pd.DataFrame) -> float:
+    """Return what the yardstick took beside the rounds that stand, seconds: beside the tenth part it took less."""
+    (milliseconds,) = _usual(rows).values()
+    return milliseconds / 1e3
 
 
 def clear(folder: Path) -> None:

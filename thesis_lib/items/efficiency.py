@@ -182,6 +182,8 @@ def protocol(rows: pd.DataFrame) -> Table:
     if timed["disturbed"]:
         note += f" {timed['disturbed']:.0f} of {timed['rounds']:.0f} rounds of timing were disturbed: left out where "
         note += "others were not."
+    if "yardstick" in rows and rows["yardstick"].notna().any():
+        note += f" The yardstick took {rows['yardstick'].median():.2f} ms beside those that stand."
     digits = {column: None for column in frame.columns[1:]} | {("Throughput", "batch"): 0, ("Ceiling", "%"): 0}
     return Table(
         frame, digits, {("Latency (ms)", "median"): "min", ("Throughput", "images/s"): "max"}, note, data=False
