@@ -104,7 +104,7 @@ def run(visits: Sequence[Mapping], folder: Path, like: pd.DataFrame | None = Non
 def _usual(rows: pd.DataFrame) -> dict[tuple, float]:
     """Return what the yardstick took beside the rounds that stand, ms, by device and threads: the tenth part less."""
     timed = rows[rows["yardstick"].notna()]
-    return {where: quiet(part["yardstick"]) for where, part in timed.groupby(["device", "threads"])}
+    return {where: quiet(part["yardstick"]) for where, part in timed.groupby(["device", "threads"], dropna=False)}
 
 
 def _measured(visit: Mapping, place: Path, usual: float | None) -> list[dict]:
