@@ -253,6 +253,8 @@ def test_in_a_slow_hour_one_quick_round_is_not_compared_with_the_slow_ones_of_ot
     rounds.append(timed("sra", 10.0, 1.0))
     table = efficiency.pool_rounds(rounds).set_index("mixer")
     assert set(table["value"]) == {16.0} and table["disturbed"].to_dict() == {"mha": 0, "sra": 1, "pool": 0}
+    unseen = [*rounds, timed("mha", 10.0, 1.65)]  # a quick series between two slow yardsticks
+    assert efficiency.pool_rounds(unseen).set_index("mixer")["value"]["mha"] == 16.0
     quick = efficiency.pool_rounds(rounds, {("cpu", 1): 0.9}).set_index("mixer")  # beside rows of a quicker hour
     assert quick["value"].to_dict() == {"mha": 16.0, "sra": 10.0, "pool": 16.0}
     assert quick["disturbed"].to_dict() == {"mha": 3, "sra": 3, "pool": 3}

@@ -6,6 +6,7 @@ The instruments are timing.py's; efficiency_grid.py drives a grid of configurati
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -226,11 +227,12 @@ def pool_rounds(rows: Iterable[dict], usual: dict[tuple, float] | None = None) -
     """Merge the rounds of each configuration: samples are pooled and described anew, the rest is kept once.
 
     What else runs on a machine makes it slower, for seconds or for an hour. Left out are rounds beside which the
-    yardstick (`timing.time_beside`) was not as quick as beside most (`usual_yardsticks`), and those whose own median is
-    worse than the best one's by more than DISTURBED; `disturbed` counts them among the `rounds`. Where no round is like
-    most, the best of them stand, and all are counted. `yardstick`: what it took beside those that stand, ms, the
-    median. The samples stay in a column of lists. usual: what the yardstick should have taken, by device and threads,
-    where other rows say it.
+    yardstick (`timing.time_beside`) was not as quick as beside most (`usual_yardsticks`), and those whose own median
+    differs from that of the middle one, of two the quicker, by more than DISTURBED: a machine may change between a
+    series and its yardstick. `disturbed` counts them among the `rounds`. Where no round is like most, those nearest the
+    middle one stand, and all are counted. `yardstick`: what it took beside those that stand, ms, the median. The
+    samples stay in a column of lists. usual: what the yardstick should have taken, by device and threads, where other
+    rows say it.
     """
     rows = list(rows)
     usual = usual_yardsticks(rows) | (usual or {})
@@ -260,7 +262,9 @@ def _pooled(rounds: Sequence[dict], usual: dict[tuple, float]) -> dict:
     like = [found for found in timed if _like(found, usual)]
     standing = like or timed
     cost = [1 / found["value"] if found["metric"] == "throughput" else found["value"] for found in standing]
-    kept = [found for found, own in zip(standing, cost, strict=True) if own <= DISTURBED * min(cost)]
+    middle = statistics.median_low(cost)
+    near = [middle / DISTURBED <= own <= DISTURBED * middle for own in cost]
+    kept = list(itertools.compress(standing, near))
     pooled = median_row(kept[0]["metric"], [sample for found in kept for sample in found["samples"]])
     told |= {"rounds": len(timed), "disturbed": len(timed) - len(kept) if like else len(timed)}
     if beside := [found["yardstick"] for found in kept if "yardstick" in found]:
