@@ -392,8 +392,25 @@ def test_costs_of_a_model(tmp_path):
     assert rows["training_memory"]["value"] > 3 * weights > rows["peak_memory"]["value"]  # gradients, both moments
     more = {row["metric"]: row for row in classification_costs.cost_rows(model, batch_size=32, runs=3, seconds=1)}
     assert more["training_memory"]["value"] > rows["training_memory"]["value"]
-    assert rows["latency"]["std"] >= 0 and rows["latency"]["mean"] > 0 and rows["latency"]["n"] == 5
+    assert "latency" not in rows
     assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_latencies_of_several_models_are_taken_in_turn(monkeypatch):
+    seen = []
+
+    def interleaved(tasks, **limits):
+        seen.append(limits)
+        assert tasks["a"]().shape == (1, 10) and tasks["b"]().shape == (1, 7)
+        return {"a": np.array([1.0, 2.0, 3.0]), "b": np.array([0.5, 0.5, 0.5])}
+
+    monkeypatch.setattr(classification_costs, "interleaved", interleaved)
+    models = {"a": build().train(), "b": build(num_classes=7)}
+    rows = classification_costs.latency_rows(models, runs=3, seconds=0.5)
+    assert seen == [{"rounds": 3, "seconds": 1.0, "device": "cpu"}] and models["a"].training
+    assert (rows["a"]["value"], rows["a"]["mean"], rows["a"]["unit"], rows["a"]["n"]) == (2000.0, 2000.0, "ms", 3)
+    assert rows["a"]["std"] == pytest.approx(816.5, abs=0.1) and rows["b"]["std"] == 0 and "samples" not in rows["b"]
+    assert rows["a"]["metric"] == "latency" and rows["a"]["batch"] == 1
 
 
 def test_scaling_tells_what_a_mixer_cannot_serve():

@@ -1,7 +1,7 @@
 """What a classifier costs: operations, memory in use and in training, time, and how they grow with the image."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thesis_lib import efficiency
+from thesis_lib.adaptive_speed import interleaved, passes
 from thesis_lib.classifier import ViTForImageClassification
 from thesis_lib.closed_form import count_macs, model_cost
 
@@ -19,8 +20,8 @@ def cost_rows(
 ) -> list[dict]:
     """Measure what a model costs: rows of parameters, MACs in closed form and counted, file size, memory and speed.
 
-    Latency of one image is a median with its bootstrap interval, and `mean` and `std` beside it. Memory is the most
-    held beyond weights and images: "peak_memory" to classify one image, "training_memory" in one step of AdamW.
+    Memory is the most held beyond weights and images: "peak_memory" to classify one image, "training_memory" in one
+    step of AdamW. Speed is the throughput at `batch_size`; `latency_rows` has that of one image.
     """
     model = copy.deepcopy(model).to(device).eval()
     shape = (model.config["num_channels"], model.config["image_size"], model.config["image_size"])
@@ -29,11 +30,32 @@ def cost_rows(
     exact = {"params": (cost.params, "1"), "macs": (cost.macs, "MAC"), "macs_counted": (count_macs(model, one), "MAC")}
     rows = [{"metric": metric, "value": value, "unit": unit, "n": 1} for metric, (value, unit) in exact.items()]
     rows.append({"metric": "weights_size", "value": bytes_ / 1e6, "unit": "MB", "n": 1})
-    rows += timing_rows(model, one, runs=runs, seconds=seconds)
+    rows.append(efficiency.peak_memory(model, one)[0] | {"batch": 1})
     rows.append(efficiency.throughput(model, many, runs=runs, warmup=2, seconds=seconds) | {"batch": batch_size})
     held, _ = efficiency.peak_memory(_training_step(model), many)
     rows.append(held | {"metric": "training_memory", "batch": batch_size})
     return [{key: value for key, value in row.items() if key != "samples"} for row in rows]
+
+
+def latency_rows(
+    models: Mapping[Hashable, ViTForImageClassification],
+    *,
+    device: str = "cpu",
+    runs: int = 30,
+    seconds: float = 5.0,
+) -> dict[Hashable, dict]:
+    """Time one image of each model, all in turn: {key: row}, the median with its interval, `mean` and `std` beside it.
+
+    runs: of each model at most. seconds: for each model.
+    """
+    tasks = {}
+    for key, model in models.items():
+        side = model.config["image_size"]
+        one = torch.rand(1, model.config["num_channels"], side, side, device=device)
+        tasks |= passes({key: copy.deepcopy(model).to(device).eval()}, one)
+    times = interleaved(tasks, rounds=runs, seconds=seconds * len(tasks), device=device)
+    rows = {key: _with_spread(efficiency.median_row("latency", 1e3 * spent)) for key, spent in times.items()}
+    return {key: {name: row[name] for name in row if name != "samples"} | {"batch": 1} for key, row in rows.items()}
 
 
 def timing_rows(model: nn.Module, x: Tensor, **timing: Any) -> list[dict]:
