@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from thesis_lib import backbone, class_token, closed_form, efficiency, efficiency_grid, timing
+from thesis_lib.rounds import like_rounds, pool_rounds, usual_yardsticks
 
 TINY = dict(patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0)
 EXACT = {"macs", "macs_counted", "macs_activated", "macs_cls", "elementwise", "params", "bytes", "launches"}
@@ -212,7 +213,7 @@ def test_rounds_rotate_and_pool():
     rounds[0]["sdpa"] = "flash"  # told by the first round alone
     rounds += 2 * [common | {"metric": "macs", "value": 7, "unit": "MAC", "n": 1}]
     rounds.append(common | {"batch": 1, "mode": "compiled"} | efficiency.median_row("latency", [9.0]))
-    table = efficiency.pool_rounds(rounds)
+    table = pool_rounds(rounds)
     plain = table[table["mode"].isna()].set_index("metric")
     assert (plain.value["latency"], plain.n["latency"], plain.value["macs"], len(plain)) == (11.0, 5, 7, 2)
     assert plain.sdpa["latency"] == "flash" and len(table) == 3
@@ -221,7 +222,7 @@ def test_rounds_rotate_and_pool():
 @pytest.mark.parametrize(("metric", "quiet", "slow"), [("latency", 10.0, 16.0), ("throughput", 16.0, 10.0)])
 def test_rounds_that_the_machine_disturbed_are_left_out_and_counted(metric, quiet, slow):
     rounds = [efficiency.median_row(metric, [value] * 4) for value in (slow, 1.1 * quiet, quiet, slow, quiet)]
-    (row,) = efficiency.pool_rounds(rounds).to_dict("records")
+    (row,) = pool_rounds(rounds).to_dict("records")
     assert (row["value"], row["n"], row["rounds"], row["disturbed"]) == (quiet, 12, 5, 2)
     assert row["low"] >= quiet and row["p95"] == pytest.approx(1.1 * quiet)
 
@@ -236,26 +237,26 @@ def test_rounds_beside_a_slow_yardstick_are_left_out_however_alike_they_are():
     rounds += [timed("sra", 9.0, 1.5), timed("sra", 12.0, 1.6)]  # in no round was the machine as quick as it can be
     rounds += [timed("pool", 7.0, 9.0, threads=2), timed("pool", 7.1, 9.4, threads=2)]  # another yardstick
     rounds += [timed("soft", 6.0, 1.0), timed("soft", 6.1, 1.2)]
-    table = efficiency.pool_rounds(rounds).set_index("mixer")
+    table = pool_rounds(rounds).set_index("mixer")
     assert table["disturbed"].to_dict() == {"mha": 1, "sra": 2, "pool": 0, "soft": 0}
     assert table["n"].to_dict() == {"mha": 8, "sra": 4, "pool": 8, "soft": 8} and table.value["sra"] == 9.0
     assert table["yardstick"].round(2).to_dict() == {"mha": 1.05, "sra": 1.5, "pool": 9.2, "soft": 1.1}
-    usual = efficiency.usual_yardsticks(rounds)
+    usual = usual_yardsticks(rounds)
     assert usual == {("cpu", 1): 1.0, ("cpu", 2): 9.0}
-    assert efficiency.like_rounds([*rounds[:3], *rounds[5:], timed("sra", 9.0, 1.1)], usual) == 1
-    assert efficiency.like_rounds(rounds, usual) == 0 and efficiency.like_rounds(rounds[:3], usual) == 2
-    assert efficiency.like_rounds([{"metric": "macs", "value": 7}], usual) == np.inf
+    assert like_rounds([*rounds[:3], *rounds[5:], timed("sra", 9.0, 1.1)], usual) == 1
+    assert like_rounds(rounds, usual) == 0 and like_rounds(rounds[:3], usual) == 2
+    assert like_rounds([{"metric": "macs", "value": 7}], usual) == np.inf
 
 
 def test_in_a_slow_hour_one_quick_round_is_not_compared_with_the_slow_ones_of_others():
     slow = [1.6, 1.7, 1.75]
     rounds = [timed(mixer, 16.0, beside) for mixer in ("mha", "sra", "pool") for beside in slow]
     rounds.append(timed("sra", 10.0, 1.0))
-    table = efficiency.pool_rounds(rounds).set_index("mixer")
+    table = pool_rounds(rounds).set_index("mixer")
     assert set(table["value"]) == {16.0} and table["disturbed"].to_dict() == {"mha": 0, "sra": 1, "pool": 0}
     unseen = [*rounds, timed("mha", 10.0, 1.65)]  # a quick series between two slow yardsticks
-    assert efficiency.pool_rounds(unseen).set_index("mixer")["value"]["mha"] == 16.0
-    quick = efficiency.pool_rounds(rounds, {("cpu", 1): 0.9}).set_index("mixer")  # beside rows of a quicker hour
+    assert pool_rounds(unseen).set_index("mixer")["value"]["mha"] == 16.0
+    quick = pool_rounds(rounds, {("cpu", 1): 0.9}).set_index("mixer")  # beside rows of a quicker hour
     assert quick["value"].to_dict() == {"mha": 16.0, "sra": 10.0, "pool": 16.0}
     assert quick["disturbed"].to_dict() == {"mha": 3, "sra": 3, "pool": 3}
 

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 from thesis_lib import backbone, closed_form, gpu
 from thesis_lib.ceilings import Ceilings
 from thesis_lib.cost_model import predict, record, totals
-from thesis_lib.efficiency import LIKE_ROUNDS, like_rounds, measure_apart, pool_rounds, rotated, usual_yardsticks
+from thesis_lib.efficiency import measure_apart, rotated
 from thesis_lib.processes import side_by_side
+from thesis_lib.rounds import LIKE_ROUNDS, like_rounds, pool_rounds, usual_yardsticks
 from thesis_lib.yardstick import quiet
 
 PACKAGE = Path(__file__).parent
@@ -69,7 +70,7 @@ def fingerprint(visit: Mapping) -> str:
 def run(visits: Sequence[Mapping], folder: Path, like: pd.DataFrame | None = None) -> pd.DataFrame:
     """Measure what `folder` does not hold yet, showing progress and the time left, and return all visits pooled.
 
-    What has fewer than LIKE_ROUNDS rounds that can be compared (see `efficiency.pool_rounds`) is visited again, up to
+    What has fewer than LIKE_ROUNDS rounds that can be compared (see `rounds.pool_rounds`) is visited again, up to
     MORE_ROUNDS times, and then waits where the machine is slower than beside most. Interrupted, it has kept every
     finished visit; `clear` forgets them. like: rows of an earlier run that these are to be compared with.
     """
