@@ -391,6 +391,8 @@ def test_what_has_too_few_quiet_rounds_is_visited_again(monkeypatch, tmp_path):
     pd.testing.assert_frame_equal(efficiency_grid.run(visits, tmp_path).set_index("mixer"), table)
     assert len(seen) == count  # all of it was kept
     assert efficiency_grid.usual_yardstick(table) == 1e-3  # seconds
+    with pytest.raises(ValueError, match="nothing was timed"):
+        efficiency_grid.usual_yardstick(table.drop(columns="yardstick"))
     told = []
 
     def slow(name, mixer, image_size, **settings):

@@ -104,7 +104,7 @@ def run(visits: Sequence[Mapping], folder: Path, like: pd.DataFrame | None = Non
 
 def _usual(rows: pd.DataFrame) -> dict[tuple, float]:
     """Return what the yardstick took beside the rounds that stand, ms, by device and threads: the tenth part less."""
-    timed = rows[rows["yardstick"].notna()]
+    timed = rows.reindex(columns=["device", "threads", "yardstick"]).dropna(subset="yardstick")
     return {where: quiet(part["yardstick"]) for where, part in timed.groupby(["device", "threads"], dropna=False)}
 
 
@@ -120,8 +120,13 @@ def _measured(visit: Mapping, place: Path, usual: float | None) -> list[dict]:
 
 
 def usual_yardstick(rows: pd.DataFrame) -> float:
-    """Return what the yardstick took beside the rounds that stand, seconds: beside the tenth part it took less."""
-    (milliseconds,) = _usual(rows).values()
+    """Return what the yardstick took beside the rounds that stand, seconds: beside the tenth part it took less.
+
+    Raises ValueError where nothing was timed.
+    """
+    if not (times := _usual(rows)):
+        raise ValueError("nothing was timed: the rows' notes say why")
+    (milliseconds,) = times.values()
     return milliseconds / 1e3
 
 
