@@ -16,9 +16,7 @@ forward and backward stands beside. The largest difference of any gradient is in
 
 import argparse
 import copy
-import os
 import statistics
-import sys
 import time
 
 import torch
@@ -31,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from thesis_lib import backbone
 from thesis_lib.attention_students import create_student
 from thesis_lib.attention_transfer import AttentionTransfer
-from thesis_lib.execute import KEEP_MEMORY
+from thesis_lib.processes import keep_memory
 from thesis_lib.timing import pinned
 
 
@@ -111,8 +109,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    if not KEEP_MEMORY.items() <= os.environ.items():  # the allocator reads it at the start of a process
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
+    keep_memory()
     device, depth = torch.device(options.device), len(backbone.create(options.backbone, pretrained=False).blocks)
     cases = [
         ("copy", 0, 0.0),

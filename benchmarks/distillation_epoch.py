@@ -5,7 +5,8 @@
 Four loops over one student and the same batches, in one process, in rotated order: forward and backward of float
 tensors that are ready on the device ("bare"), the same with AdamW's step ("bare + step"), that from the pixel cache's
 memory map ("from the cache"), and the training epoch of `thesis_lib.distillation.distil` ("distil"), which is expected
-to reach at least 0.9 of the bare loop. Medians over the rounds, after one that warms up.
+to reach at least 0.9 of the bare loop. Medians over the rounds, after one that warms up, with
+the notebooks' settings of the allocator.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from thesis_lib import backbone, perceptual
 from thesis_lib.datasets.pixels import Pixels, cache
 from thesis_lib.distillation import distil, trainable_parameters
 from thesis_lib.embeddings import Embeddings, identity
+from thesis_lib.processes import keep_memory
 
 
 def write_images(folder: Path, count: int, size: int) -> list[Path]:
@@ -95,6 +97,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    keep_memory()
     student = perceptual.Metric(backbone.create(options.backbone, mixer=options.mixer, pretrained=False))
     size = student.backbone.patch_embed.img_size[0]
     with tempfile.TemporaryDirectory() as folder:

@@ -7,8 +7,9 @@
 The images are links to a thousand PNG files at most. Every count runs in a process of its own: its peak resident
 memory, and the rate of the run beside those of the bare model (images ready in memory) and of bare decoding (same
 threads, nothing else), measured in the same process right before and after. Beside them CPU seconds, which a busy
-machine hardly changes: those of the run over those of bare model and bare decoding together are its overhead. By
---gain: the class token of the last block alone against the full block, by depth, in CPU seconds, measured in turn.
+machine hardly changes: those of the run over those of bare model and bare decoding together are its overhead. All run
+with the command's settings of the allocator.
+By --gain: the class token of the last block alone against the full block, by depth, in CPU seconds, measured in turn.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from PIL import Image
 
 from thesis_lib import attention, backbone, class_token, closed_form, embed, perceptual
 from thesis_lib.datasets.pixels import File
+from thesis_lib.processes import keep_memory
 
 DISTINCT = 1000
 
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("--backbone", nargs="+", default=["demo", "vit_small_patch16_224.dino"])
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
+    keep_memory()
     gain(options) if options.gain else at_scale(options)
 
 

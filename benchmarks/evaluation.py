@@ -3,7 +3,8 @@
     python benchmarks/evaluation.py [--triplets 32] [--native 768] [--backbone vit_small_patch16_224.dino] [--rounds 3]
 
 Triplets of the synthetic world are written as 768 px PNG files, as NIGHTS has them. Random weights do: the package's
-model class gets a DINO ViT of its own code, and ours loads that very state, so that the distances must agree.
+model class gets a DINO ViT of its own code, and ours loads that very state, so that the distances must agree. Both run
+with the notebooks' settings of the allocator.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch import nn
 from thesis_lib import backbone, evaluation, perceptual
 from thesis_lib.datasets import pixels, synthetic
 from thesis_lib.datasets.nights import NIGHTS
+from thesis_lib.processes import keep_memory
 
 DINO = {
     "vit_small_patch16_224.dino": ("dino_vits16", "vit_small"),
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder), options)

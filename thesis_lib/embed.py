@@ -30,6 +30,7 @@ from thesis_lib.datasets.pixels import NO_ROOM, Source, ahead, content_digest, r
 from thesis_lib.embed_parts import SKIP, Embedded, Parts, finished, join
 from thesis_lib.embed_sources import Listing, listing
 from thesis_lib.embeddings import COLUMNS, identity
+from thesis_lib.processes import keep_memory
 from thesis_lib.trainer import accelerator_on, free
 
 COMMAND = "python -m thesis_lib.embed"
@@ -216,4 +217,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

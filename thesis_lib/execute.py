@@ -33,9 +33,8 @@ from jupyter_core.utils import ensure_event_loop
 from papermill.exceptions import PapermillExecutionError
 
 from thesis_lib import gpu, paths, profiles
+from thesis_lib.processes import KEEP_MEMORY
 
-# glibc gives large freed buffers back to the kernel and asks for them again, zeroed: 5 to 8 % of a step on a CPU.
-KEEP_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**32))
 COMMITTED = "committed"
 RESUME = "what had finished is kept: the same command goes on from there"
 
