@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -22,18 +24,7 @@ def test_beta_for_tokens(share):
             beta_for_tokens(model, images(2), impossible)
 
 
-def pretend(monkeypatch, yardstick):
-    """Replace the yardstick; what waits for a quiet moment looks at it once, and what it waits for is returned."""
-    told = []
-    monkeypatch.setattr(adaptive_speed, "yardstick", yardstick)
-    monkeypatch.setattr(
-        adaptive_speed, "at_a_quiet_moment", lambda device, usual: told.append(usual) or yardstick(device)
-    )
-    return told
-
-
-def test_tasks_take_turns(monkeypatch):
-    pretend(monkeypatch, lambda device: 1.0)
+def test_tasks_take_turns():
     order = []
     tasks = {name: lambda name=name: order.append(name) for name in "abc"}
     times = interleaved(tasks, rounds=4, device="cpu")
@@ -42,29 +33,32 @@ def test_tasks_take_turns(monkeypatch):
     assert all(len(values) == 3 for values in interleaved(tasks, rounds=9, seconds=0, device="cpu").values())
 
 
-def test_a_run_beside_a_slow_yardstick_is_repeated_and_the_quietest_counts(monkeypatch):
+def test_what_slows_a_run_and_the_yardstick_alike_changes_no_time(monkeypatch):
+    """The machine is up to four times slower in turn; of a run 2 s, 30 s, of the yardstick 1 s are its own."""
+    slow, now, repeated = itertools.cycle([1.0, 4.0, 2.0, 1.0, 2.0]), [1.0], {}
     clock = [0.0]
-    spent = iter([0, 0, 5, *(9, 8, 6), *(9, 7, 3, 9, 9), 5])  # seconds of the runs; those in brackets are of one
-    beside = [
-        (1.0, 1.0),
-        *((1.0, 1.5), (1.5, 1.9), (1.0, 1.1)),
-        *((y, y) for y in (1.9, 1.3, 1.6, 1.7, 1.8)),
-        (1.0, 1.0),
-    ]
-    yardsticks = iter([1.0, *(value for pair in beside for value in pair)])
-    told = pretend(monkeypatch, lambda device: next(yardsticks))
+
+    def machine(run, device, repeats=3):
+        now[0] = next(slow)
+        spent = run()
+        repeated.setdefault(spent / now[0], []).append(repeats)
+        return spent, now[0]
+
+    monkeypatch.setattr(adaptive_speed, "around", machine)
     monkeypatch.setattr(adaptive_speed.time, "perf_counter", lambda: clock[0])
-    run = lambda: clock.__setitem__(0, clock[0] + next(spent))
-    times = interleaved({"a": run, "b": run}, rounds=2, seconds=1e9, device="cpu")
-    assert times["a"].tolist() == [5, 5] and times["b"].tolist() == [6, 7]  # 3 was quick, but not beside it
-    assert next(spent, None) is None and told == [1.0] * 10
+    tasks = {own: lambda own=own: clock.__setitem__(0, clock[0] + own * now[0]) for own in (2.0, 30.0, 50.0)}
+    times = interleaved(tasks, rounds=5, seconds=1e9, device="cpu")
+    assert {own: set(values) for own, values in times.items()} == {2.0: {4.0}, 30.0: {60.0}, 50.0: {100.0}}
+    assert repeated == {2.0: [3] * 6, 30.0: [3] * 6, 50.0: [3] + 5 * [5]}  # a tenth of the run
 
 
-def test_the_yardstick_and_the_waiting_are_of_the_tasks_device(monkeypatch):
+def test_the_yardstick_is_of_the_tasks_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail(f"{device} was waited for"))
     found = set()
-    pretend(monkeypatch, lambda device: found.add(device.type) or 1.0)
+    monkeypatch.setattr(
+        adaptive_speed, "around", lambda run, device, repeats=3: found.add(str(device)) or (run(), 1e-3)
+    )
     interleaved({"a": lambda: None}, rounds=1, device="cpu")
     model, x = AdaptiveViT(halting_vit(), VARIED), images(2)
     engine_rows(halting_vit(), {"a": model}, x, batch_sizes=[2], rounds=1)

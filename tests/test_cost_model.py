@@ -1,5 +1,6 @@
 """The recorder against closed forms and graphs counted by hand; predictions that add up; ceilings in their units."""
 
+import itertools
 import math
 
 import numpy as np
@@ -167,15 +168,14 @@ def test_ceilings_are_measured_in_their_units_for_every_family(monkeypatch):
         corners = lambda axes: tuple((axis[0], axis[1]) for axis in axes)
         return {name: (corners(axes), build) for name, (axes, build) in plain(make, device).items()}
 
-    def clock(call, device, budget):
+    def clock(call, between, *, budget, device, beside):
         call()
         calls.append(device)
+        beside.append(1.0)
         return 1e-3 if len(calls) % 3 else 1e-5
 
     monkeypatch.setattr(ceilings, "_families", few)
-    monkeypatch.setattr(ceilings, "_seconds", clock)
-    monkeypatch.setattr(ceilings, "yardstick", lambda device: 1.0)
-    monkeypatch.setattr(ceilings, "at_a_quiet_moment", lambda device, usual: usual)
+    monkeypatch.setattr(ceilings, "_in_yardsticks", clock)
     found = ceilings.measure()
     recorded = {op.family for mixer in attention.MIXERS for op in cost_model.record(tiny(mixer), 1, (32, 32))}
     assert recorded <= set(found.curves) and found.matmul() > 0
@@ -191,28 +191,22 @@ def test_ceilings_are_measured_in_their_units_for_every_family(monkeypatch):
     assert all(row["value"] > 0 for row in rows if row["metric"] == "rate")
 
 
-def test_a_point_beside_a_slow_yardstick_is_measured_again(monkeypatch):
-    """The machine was slow after b and after d; the second time it is quiet beside b, and slower still beside d."""
+def test_what_slows_a_call_and_the_yardstick_alike_changes_no_ceiling(monkeypatch):
+    """The machine is up to five times slower in turn; of a call 2 ms, of the yardstick 1 ms are its own."""
+    slow, beside = itertools.cycle([1.0, 5.0, 2.0]), []
+    now = [1.0]
 
-    def measured(names):
-        left = {name: iter(spent) for name, spent in names.items()}
-        return ceilings._undisturbed({name: lambda name=name: (next(left[name]), 7) for name in names}, "cpu")
+    def around(run, device):
+        now[0] = next(slow)
+        return run(), 1e-3 * now[0]
 
-    yardsticks = iter([1.0, 1.1, 1.5, 1.0, 1.9, *(1.1, 2.5)])
-    monkeypatch.setattr(ceilings, "yardstick", lambda device: next(yardsticks))
-    monkeypatch.setattr(ceilings, "at_a_quiet_moment", lambda device, usual: usual)
-    level, found = measured({"a": [3.0], "b": [9.0, 4.0], "c": [5.0], "d": [9.5, 12.0]})
-    assert next(yardsticks, None) is None and level == 1.0
-    assert found == {"a": (3.0, 7), "b": (4.0, 7), "c": (5.0, 7), "d": (pytest.approx(5.0), 7)}  # d's at a quiet moment
-
-
-def test_in_a_slow_hour_what_came_beside_a_rare_quick_moment_is_brought_to_the_others(monkeypatch):
-    took = {name: 1.0 if name == "c" else 2.0 for name in "abcdefghijkl"}
-    before, after = iter(took.values()), iter([2.0, *took.values()])
-    monkeypatch.setattr(ceilings, "at_a_quiet_moment", lambda device, usual: next(before))
-    monkeypatch.setattr(ceilings, "yardstick", lambda device: next(after))
-    level, found = ceilings._undisturbed({name: lambda name=name: (3.0 * took[name], 7) for name in took}, "cpu")
-    assert level == 2.0 and found == dict.fromkeys(took, (6.0, 7))
+    monkeypatch.setattr(ceilings, "around", around)
+    monkeypatch.setattr(ceilings, "_elapsed", lambda run: run() or 2e-3 * now[0])
+    order = []
+    timing = {"budget": 0.0, "device": "cpu", "beside": beside}
+    found = ceilings._in_yardsticks(lambda: order.append("call"), lambda: order.append("between"), **timing)
+    assert found == pytest.approx(2.0) and beside == [1e-3, 5e-3, 2e-3, 1e-3, 5e-3]
+    assert order[0::2] == ["between"] * (len(order) // 2) and order[1::2] == ["call"] * (len(order) // 2)
 
 
 class Written(TorchDispatchMode):
@@ -256,13 +250,6 @@ def test_ceilings_of_a_slow_hour_are_those_of_a_quick_one_once_brought_there():
     assert both.yardstick == 1.0 and both.curves["mm"].rate((2, 2, 2)) == pytest.approx(2e9)
     assert both.curves["add"].overhead == pytest.approx(1e-6)
     assert {row["yardstick"] for row in slow.rows()} == {1600.0}
-
-
-def test_seconds_is_the_time_of_one_call():
-    calls = []
-    between = lambda: calls.append("other")
-    assert 0 <= ceilings._seconds(lambda: calls.append("call"), between, 1e-4) < 1e-3
-    assert calls[:5] == ["call", "other", "call", "other", "call"] and calls.count("other") >= 5
 
 
 def test_the_matrix_rate_counts_the_overhead_of_the_call():

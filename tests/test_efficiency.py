@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from thesis_lib import backbone, class_token, closed_form, efficiency, efficiency_grid, timing
-from thesis_lib.rounds import like_rounds, pool_rounds, usual_yardsticks
+from thesis_lib.rounds import pool_rounds, usual_yardsticks
 
 TINY = dict(patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0)
 EXACT = {"macs", "macs_counted", "macs_activated", "macs_cls", "elementwise", "params", "bytes", "launches"}
@@ -219,53 +219,38 @@ def test_rounds_rotate_and_pool():
     assert plain.sdpa["latency"] == "flash" and len(table) == 3
 
 
-@pytest.mark.parametrize(("metric", "quiet", "slow"), [("latency", 10.0, 16.0), ("throughput", 16.0, 10.0)])
-def test_rounds_that_the_machine_disturbed_are_left_out_and_counted(metric, quiet, slow):
-    rounds = [efficiency.median_row(metric, [value] * 4) for value in (slow, 1.1 * quiet, quiet, slow, quiet)]
-    (row,) = pool_rounds(rounds).to_dict("records")
-    assert (row["value"], row["n"], row["rounds"], row["disturbed"]) == (quiet, 12, 5, 2)
-    assert row["low"] >= quiet and row["p95"] == pytest.approx(1.1 * quiet)
+def timed(mixer, samples, beside, threads=1, metric="latency"):
+    common = {"mixer": mixer, "device": "cpu", "threads": threads, "beside": beside}
+    return common | efficiency.median_row(metric, samples)
 
 
-def timed(mixer, value, yardstick, threads=1):
-    common = {"mixer": mixer, "device": "cpu", "threads": threads, "yardstick": yardstick}
-    return common | efficiency.median_row("latency", [value] * 4)
+def test_times_are_brought_to_the_moments_that_are_usual():
+    """The machine is twice as slow beside some passes, half as slow beside others."""
+    rounds = [timed("mha", [10.0, 20.0], [1.0, 2.0]), timed("mha", [20.0, 10.0, 5.0], [2.0, 1.0, 0.5])]
+    rounds.append(timed("sra", [40.0, 40.0], [2.0, 2.0]))
+    rounds.append(timed("sra", [100.0, 50.0, 100.0], [1.0, 2.0, 1.0], metric="throughput"))
+    rounds.append(timed("pool", [7.0, 14.0, 7.0], [9.0, 18.0, 9.0], threads=2))  # another yardstick
+    assert usual_yardsticks(rounds) == {("cpu", 1): 1.5, ("cpu", 2): 9.0}
+    table = pool_rounds(rounds).set_index(["mixer", "metric"])
+    assert table["value"].to_dict() == {
+        ("mha", "latency"): 15.0,
+        ("sra", "latency"): 30.0,
+        ("sra", "throughput"): pytest.approx(100 / 1.5),
+        ("pool", "latency"): 7.0,
+    }
+    assert table["yardstick"].to_list() == [1.5, 1.5, 1.5, 9.0] and table["rounds"].to_list() == [2, 1, 1, 1]
+    assert table.n["mha", "latency"] == 5 and "beside" not in table
+    assert (table["low"] == table["value"]).all() and (table["high"] == table["value"]).all()  # nothing else differs
+    quick = pool_rounds(rounds, {("cpu", 1): 0.75}).set_index(["mixer", "metric"])  # beside rows of a quicker hour
+    assert quick.value["mha", "latency"] == 7.5 and quick.value["pool", "latency"] == 7.0
 
 
-def test_rounds_beside_a_slow_yardstick_are_left_out_however_alike_they_are():
-    rounds = [timed("mha", 10.0, 1.0), timed("mha", 11.0, 1.3), timed("mha", 10.5, 1.1)]
-    rounds += [timed("sra", 9.0, 1.5), timed("sra", 12.0, 1.6)]  # in no round was the machine as quick as it can be
-    rounds += [timed("pool", 7.0, 9.0, threads=2), timed("pool", 7.1, 9.4, threads=2)]  # another yardstick
-    rounds += [timed("soft", 6.0, 1.0), timed("soft", 6.1, 1.2)]
-    table = pool_rounds(rounds).set_index("mixer")
-    assert table["disturbed"].to_dict() == {"mha": 1, "sra": 2, "pool": 0, "soft": 0}
-    assert table["n"].to_dict() == {"mha": 8, "sra": 4, "pool": 8, "soft": 8} and table.value["sra"] == 9.0
-    assert table["yardstick"].round(2).to_dict() == {"mha": 1.05, "sra": 1.5, "pool": 9.2, "soft": 1.1}
-    usual = usual_yardsticks(rounds)
-    assert usual == {("cpu", 1): 1.0, ("cpu", 2): 9.0}
-    assert like_rounds([*rounds[:3], *rounds[5:], timed("sra", 9.0, 1.1)], usual) == 1
-    assert like_rounds(rounds, usual) == 0 and like_rounds(rounds[:3], usual) == 2
-    assert like_rounds([{"metric": "macs", "value": 7}], usual) == np.inf
-
-
-def test_in_a_slow_hour_one_quick_round_is_not_compared_with_the_slow_ones_of_others():
-    slow = [1.6, 1.7, 1.75]
-    rounds = [timed(mixer, 16.0, beside) for mixer in ("mha", "sra", "pool") for beside in slow]
-    rounds.append(timed("sra", 10.0, 1.0))
-    table = pool_rounds(rounds).set_index("mixer")
-    assert set(table["value"]) == {16.0} and table["disturbed"].to_dict() == {"mha": 0, "sra": 1, "pool": 0}
-    unseen = [*rounds, timed("mha", 10.0, 1.65)]  # a quick series between two slow yardsticks
-    assert pool_rounds(unseen).set_index("mixer")["value"]["mha"] == 16.0
-    quick = pool_rounds(rounds, {("cpu", 1): 0.9}).set_index("mixer")  # beside rows of a quicker hour
-    assert quick["value"].to_dict() == {"mha": 16.0, "sra": 10.0, "pool": 16.0}
-    assert quick["disturbed"].to_dict() == {"mha": 3, "sra": 3, "pool": 3}
-
-
-def test_the_yardstick_is_timed_beside_every_series():
+def test_the_yardstick_is_timed_beside_every_pass():
     rows = efficiency.measure("demo", "mha", 32, runs=2, warmup=0, train_batch=2)
-    beside = {row["metric"]: row["yardstick"] for row in rows if "samples" in row}
+    beside = {row["metric"]: row["beside"] for row in rows if "samples" in row}
     assert beside.keys() == {"latency", "latency_cls", "throughput", "training_step"}
-    assert all(0 < value < 1000 for value in beside.values())
+    assert all(len(row["samples"]) == len(row["beside"]) for row in rows if "samples" in row)
+    assert all(0 < value < 1000 for values in beside.values() for value in values)
 
 
 def test_one_configuration_from_the_command_line(tmp_path):
@@ -370,39 +355,17 @@ def test_an_interrupted_grid_goes_on_and_equals_an_uninterrupted_one(monkeypatch
     assert not (tmp_path / "grid").exists()
 
 
-def test_what_has_too_few_quiet_rounds_is_visited_again(monkeypatch, tmp_path):
-    plain = {"dtype": "float32", "device": "cpu"}
-    visits = efficiency_grid.plan({"demo": [64]}, ["mha", "sra", "pool", "moh"], rounds=2, **plain)
-    seen = []
-
-    def measured(name, mixer, image_size, **settings):
-        assert settings["complete"] == (mixer not in seen)
-        # Visited again, it is told what the yardstick took at quiet moments, and so waits for one.
-        assert settings["usual"] == (1.0 if seen.count(mixer) >= 2 else None)
-        seen.append(mixer)
-        slow = mixer == "pool" or (mixer == "sra" and seen.count("sra") in (2, 3))  # pool's moment never comes
-        return [timed(mixer, 10.0, 1.5 if slow else 1.0)]
-
-    monkeypatch.setattr(efficiency_grid, "measure_apart", measured)
-    table = efficiency_grid.run(visits, tmp_path).set_index("mixer")
-    assert table["rounds"].to_dict() == {"mha": 2, "sra": 4, "pool": 2 + efficiency_grid.MORE_ROUNDS, "moh": 2}
-    assert table["disturbed"].to_dict() == {"mha": 0, "sra": 2, "pool": 2 + efficiency_grid.MORE_ROUNDS, "moh": 0}
-    count = len(seen)
-    pd.testing.assert_frame_equal(efficiency_grid.run(visits, tmp_path).set_index("mixer"), table)
-    assert len(seen) == count  # all of it was kept
+def test_two_grids_are_brought_to_the_moments_of_the_first(monkeypatch, tmp_path):
+    visits = efficiency_grid.plan({"demo": [64]}, ["mha", "sra"], dtype="float32", device="cpu")
+    monkeypatch.setattr(efficiency_grid, "measure_apart", lambda name, mixer, *_, **__: [timed(mixer, [10.0], [1.0])])
+    table = efficiency_grid.run(visits, tmp_path / "quick")
     assert efficiency_grid.usual_yardstick(table) == 1e-3  # seconds
     with pytest.raises(ValueError, match="nothing was timed"):
         efficiency_grid.usual_yardstick(table.drop(columns="yardstick"))
-    told = []
-
-    def slow(name, mixer, image_size, **settings):
-        told.append(settings["usual"])
-        return [timed(mixer, 15.0, 1.5)]
-
-    monkeypatch.setattr(efficiency_grid, "measure_apart", slow)
-    beside = efficiency_grid.run(visits, tmp_path, like=table.assign(yardstick=1.5)).set_index("mixer")
-    assert set(told) == {1.5} and beside["value"].to_dict() == {"mha": 15.0, "sra": 10.0, "pool": 10.0, "moh": 15.0}
-    assert beside["disturbed"].to_dict() == {"mha": 2, "sra": 1, "pool": 0, "moh": 2}  # the quick ones
+    monkeypatch.setattr(efficiency_grid, "measure_apart", lambda name, mixer, *_, **__: [timed(mixer, [30.0], [2.0])])
+    assert set(efficiency_grid.run(visits, tmp_path / "slow")["value"]) == {30.0}
+    later = efficiency_grid.run(visits, tmp_path / "slow", like=table)
+    assert set(later["value"]) == {15.0} and set(later["yardstick"]) == {1.0}
 
 
 def test_a_fingerprint_knows_settings_machine_and_code(monkeypatch):

@@ -55,7 +55,9 @@ def test_a_deeper_model_merges_as_many_tokens_over_more_blocks():
 def test_the_yardstick_is_of_the_images_device(teacher, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = set()
-    monkeypatch.setattr(adaptive_speed, "yardstick", lambda device: found.add(device.type) or 1.0)
+    monkeypatch.setattr(
+        adaptive_speed, "around", lambda run, device, repeats=3: found.add(torch.device(device).type) or (run(), 1e-3)
+    )
     models, pictures = {("teacher", "float32"): teacher}, {"teacher": (images(2) * 255).byte()}
     proposed_speed.speed_rows(models, pictures, "teacher", rounds=1)
     assert found == {"cpu"}

@@ -1,5 +1,6 @@
 """How much faster removing tokens is than masking them: engines timed in turn, at any share of tokens kept."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from thesis_lib.adaptive_tokens import AdaptiveViT
 from thesis_lib.efficiency import median_row, rotated
 from thesis_lib.token_removal import TokenRemoval, dense_macs, executed_macs
-from thesis_lib.yardstick import DISTURBED, at_a_quiet_moment, quiet, yardstick
+from thesis_lib.yardstick import around
 
-TRIES = 5  # at a run that the machine disturbs
+BESIDE = 0.1  # of a run's time goes to the yardstick before it, and as much after it
 ENGINES = ("dense", "masked", "removing")
 
 
@@ -47,32 +48,31 @@ def interleaved(
 ) -> dict:
     """Time tasks in turn, each round starting with the next one: {name: seconds of its runs, float64 (rounds,)}.
 
-    device: where the tasks run, which is waited for and has the yardstick.
-    One run of each before is not timed. Each waits for a quiet moment, and the yardstick is timed after it, too: where
-    that took longer than at quiet moments by more than `yardstick.DISTURBED`, the run is repeated at once, and of TRIES
-    the one beside the quickest yardstick counts. Stops after `rounds`, or once `seconds` have gone by and three are
-    done.
+    device: where the tasks run, and the yardstick around each run (`yardstick.around`), the longer the longer the run.
+    Times are brought to moments at which it takes what it took in the median of all. One run of each before does not
+    count. Stops after `rounds`, or once `seconds` have gone by and three are done.
     """
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for task in tasks.values():
-        task()
     device = torch.device(device)
-    seen, end = [yardstick(device)], time.perf_counter() + seconds
+
+    def elapsed(task: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        task()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    found = {name: [around(partial(elapsed, task), device)] for name, task in tasks.items()}
+    end = time.perf_counter() + seconds
     for i, names in enumerate(rotated(list(tasks), rounds)):
         if i >= 3 and time.perf_counter() > end:
             break
         for name in names:
-            tried = []
-            while len(tried) < TRIES and not any(beside <= DISTURBED * quiet(seen) for beside, _ in tried):
-                before, start = at_a_quiet_moment(device, quiet(seen)), time.perf_counter()
-                tasks[name]()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                spent, after = time.perf_counter() - start, yardstick(device)
-                seen += [before, after]
-                tried.append((max(before, after), spent))
-            times[name].append(min(tried)[1])
-    return {name: np.array(values) for name, values in times.items()}
+            spent, beside = found[name][-1]
+            repeats = max(3, math.ceil(BESIDE * spent / beside))
+            found[name].append(around(partial(elapsed, tasks[name]), device, repeats))
+    pairs = {name: np.array(runs[1:]).reshape(-1, 2).T for name, runs in found.items()}
+    usual = np.median(np.concatenate([beside for _, beside in pairs.values()]))
+    return {name: spent * usual / beside for name, (spent, beside) in pairs.items()}
 
 
 def tokens_kept(model: AdaptiveViT, images: Tensor) -> float:

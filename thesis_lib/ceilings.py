@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,14 +21,13 @@ import torch.nn.functional as F
 from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor, nn
 
-from thesis_lib.yardstick import DISTURBED, at_a_quiet_moment, quiet, yardstick
+from thesis_lib.yardstick import around
 
 UNITS = {"mm": "MAC/s", "bmm": "MAC/s", "attention": "MAC/s", "convolution": "MAC/s", "depthwise": "MAC/s"}
 ELEMENTS = (2**9, 2**13, 2**16, 2**18, 2**20, 2**22)
 MORE_ELEMENTS = (2**24, 2**27)  # on a GPU, whose cache holds what lies below
 WIDTH = 128  # of the rows that elementwise operations run over
 MODEL_BYTES = 2**22  # of a small model's weights, more than a core's own cache holds
-PASSES = 2  # at most, over the points that the machine disturbed
 
 
 @dataclass(frozen=True)
@@ -105,64 +104,38 @@ def measure(
 ) -> Ceilings:
     """Measure every curve; `seconds` is spent on each of about 200 points, more where one call takes longer.
 
-    The yardstick is timed around each point. Points where it took longer than at quiet moments by more than
-    `yardstick.DISTURBED` are measured again, PASSES times in all; what came beside the quickest counts, at what it
-    would be at a quiet moment.
+    The yardstick is timed around every few calls, and a point is the median of their ratios, times what the yardstick
+    took in the median of all: what else runs on the machine slows both.
     """
     if threads:
         torch.set_num_threads(threads)
     number, limit = getattr(torch, dtype), 2**27 if device == "cpu" else 2**37
     make = lambda *shape: torch.rand(*shape, device=device).to(number)
-    between, families, tasks = _others(make) if device == "cpu" else None, _families(make, device), {}
-
-    def timed(build: Callable[..., tuple], sizes: Sequence[int], *, cold: bool) -> tuple[float, int]:
-        call, work = build(*sizes)
-        return _seconds(call, _with_cold_caches(between, call()) if cold and between else between, seconds), work
-
-    for family, (axes, build) in families.items():
-        tasks[family, None] = functools.partial(timed, build, [min(axis[0], 16) for axis in axes], cold=False)
-        for sizes in itertools.product(*axes):
-            own = sizes
-            while family in UNITS and math.prod(own) > limit and own[0] > 256:  # the rate is level there
-                own = (own[0] // 2, *own[1:])
-            tasks[family, sizes] = functools.partial(timed, build, own, cold=True)
-    x, module = make(8, 8), nn.Identity()
-    # These come several in a row, in a network, too.
-    tasks["view", None] = lambda: (_seconds(lambda: [x.transpose(0, 1) for _ in range(4)], between, seconds) / 4, 0)
-    tasks["module", None] = lambda: (_seconds(lambda: [module(x) for _ in range(4)], between, seconds) / 4, 0)
+    between, families, beside = _others(make) if device == "cpu" else None, _families(make, device), []
+    timed = functools.partial(_in_yardsticks, budget=seconds, device=device, beside=beside)
+    spent: dict[str, float] = {}  # what a call costs with nothing to do, and below what a point takes, in yardsticks
+    points: dict[str, list[tuple[float, int]]] = {}
     with torch.inference_mode():
-        level, found = _undisturbed(tasks, device)
-    curves = {family: Curve(found[family, None][0]) for family in ("view", "module")}
+        for family, (axes, build) in families.items():
+            call, _ = build(*(min(axis[0], 16) for axis in axes))
+            spent[family], points[family] = timed(call, between), []
+            for sizes in itertools.product(*axes):
+                own = sizes
+                while family in UNITS and math.prod(own) > limit and own[0] > 256:  # the rate is level there
+                    own = (own[0] // 2, *own[1:])
+                call, work = build(*own)
+                points[family].append((timed(call, _with_cold_caches(between, call()) if between else None), work))
+        x, module = make(8, 8), nn.Identity()
+        # These come several in a row, in a network, too.
+        spent["view"] = timed(lambda: [x.transpose(0, 1) for _ in range(4)], between) / 4
+        spent["module"] = timed(lambda: [module(x) for _ in range(4)], between) / 4
+    level = float(np.median(beside))
+    curves = {family: Curve(level * spent[family]) for family in ("view", "module")}
     for family, (axes, _) in families.items():
-        overhead, points = found[family, None][0], [found[family, sizes] for sizes in itertools.product(*axes)]
-        rates = np.array([work / max(spent - overhead, 0.05 * spent) for spent, work in points])
-        curves[family] = Curve(overhead, axes, rates.reshape([len(axis) for axis in axes]))
+        overhead = spent[family]
+        rates = np.array([work / max(whole - overhead, 0.05 * whole) / level for whole, work in points[family]])
+        curves[family] = Curve(level * overhead, axes, rates.reshape([len(axis) for axis in axes]))
     return Ceilings(device, dtype, torch.get_num_threads(), curves, level)
-
-
-def _undisturbed(
-    tasks: Mapping[tuple, Callable[[], tuple[float, int]]], device: str
-) -> tuple[float, dict[tuple, tuple]]:
-    """Return what the yardstick takes at quiet moments, seconds, and what each task, seconds and work, there.
-
-    Quiet moments are waited for. What finds none in PASSES is taken for as many times slower as the yardstick was; in a
-    slow hour what came beside a rare quick moment for as many times quicker.
-    """
-    found: dict[tuple, tuple] = {}  # what the yardstick took beside it, what the task returned
-    seen, pending, beside = [yardstick(device)], list(tasks), []
-    for _ in range(PASSES):
-        for key in pending:
-            seen.append(at_a_quiet_moment(device, quiet(seen)))
-            result = tasks[key]()
-            seen.append(yardstick(device))
-            beside.append(max(seen[-2:]))
-            found[key] = min(found.get(key, (math.inf, ())), (beside[-1], result))
-        pending = [key for key in tasks if found[key][0] > DISTURBED * quiet(beside)]
-    level = quiet(beside)
-    alike = lambda took: level / DISTURBED <= took <= DISTURBED * level
-    return level, {
-        key: (spent if alike(took) else spent * level / took, work) for key, (took, (spent, work)) in found.items()
-    }
 
 
 def best(parts: Sequence[Ceilings]) -> Ceilings:
@@ -179,30 +152,46 @@ def best(parts: Sequence[Ceilings]) -> Ceilings:
     return replace(parts[0], curves=curves)
 
 
-def _seconds(call: Callable[[], object], between: Callable[[], object] | None, budget: float) -> float:
-    """Median time of one call: of calls that each follow `between`, or of blocks of calls on a GPU (None), queued."""
-    call()
-    times, calls, end = [], 1, time.perf_counter() + budget
-    if not between:
-        calls = max(1, math.ceil(0.1 * budget / max(_block(call, 1), 1e-6)))
-    while len(times) < 5 or time.perf_counter() < end:
-        if between:
-            between()
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        else:
-            times.append(_block(call, calls))
+def _in_yardsticks(
+    call: Callable[[], object], between: Callable[[], object] | None, *, budget: float, device: str, beside: list[float]
+) -> float:
+    """Median time of one call, as a multiple of the yardstick's around it, which is added to `beside`, seconds.
+
+    A time is the median of calls that each follow `between`, or on a GPU (None) that of a block of calls, queued.
+    """
+    once = functools.partial(_alone, call, between) if between else functools.partial(_block, call)
+    once(1)
+    calls = max(1, math.ceil(0.1 * budget / max(_elapsed(lambda: once(1)), 1e-6)))
+    ratios, end = [], time.perf_counter() + budget
+    while len(ratios) < 5 or time.perf_counter() < end:
+        spent, took = around(lambda: once(calls), device)
+        ratios.append(spent / took)
+        beside.append(took)
+    return float(np.median(ratios))
+
+
+def _elapsed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _alone(call: Callable[[], object], between: Callable[[], object], calls: int) -> float:
+    times = []
+    for _ in range(calls):
+        between()
+        times.append(_elapsed(call))
     return float(np.median(times))
 
 
 def _block(call: Callable[[], object], calls: int) -> float:
+    def queued() -> None:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
+    return _elapsed(queued) / calls
 
 
 def _others(make: Callable[..., Tensor]) -> Callable[[], object]:

@@ -69,7 +69,7 @@ def measure(
     best_batch: go on from the largest batch size, twice as large each time, while the throughput rises by 3 %.
     train_batch: batch of a training step, 0 for none. mode: "eager" or "compiled". sdpa: the one attention kernel that
     may run, of BACKENDS. complete: False leaves out what one visit is enough for (counts, memory, profile, training).
-    timing: `runs`, `warmup` and `seconds` of `time_forward`, `usual` of `time_beside`. A grid that is not served, and
+    timing: `runs`, `warmup` and `seconds` of `time_forward`. A grid that is not served, and
     what this machine cannot do (see `refusal`), become rows without a value and with a note; larger batches are then
     skipped.
     Raises ValueError for an unknown backbone, mixer, dtype, mode or kernel and for a device that is not here.
@@ -232,7 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = measure(settings.pop("backbone"), batch_sizes=settings.pop("batch"), **settings)
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
-    text = json.dumps([{key: found[key] for key in found if key != "samples"} for found in rows], indent=1)
+    text = json.dumps(
+        [{key: found[key] for key in found if key not in ("samples", "beside")} for found in rows], indent=1
+    )
     Path(output).write_text(text + "\n", encoding="utf-8") if output else print(text)
 
 

@@ -24,11 +24,9 @@ from thesis_lib.ceilings import Ceilings
 from thesis_lib.cost_model import predict, record, totals
 from thesis_lib.efficiency import measure_apart, rotated
 from thesis_lib.processes import side_by_side
-from thesis_lib.rounds import LIKE_ROUNDS, like_rounds, pool_rounds, usual_yardsticks
-from thesis_lib.yardstick import quiet
+from thesis_lib.rounds import pool_rounds
 
 PACKAGE = Path(__file__).parent
-MORE_ROUNDS = 4  # at most, for what has fewer
 # A change there is another measurement.
 MEASURED_BY = ("efficiency", "timing", "yardstick", "backbone", "class_token", "attention/*")
 
@@ -70,64 +68,45 @@ def fingerprint(visit: Mapping) -> str:
 def run(visits: Sequence[Mapping], folder: Path, like: pd.DataFrame | None = None) -> pd.DataFrame:
     """Measure what `folder` does not hold yet, showing progress and the time left, and return all visits pooled.
 
-    What has fewer than LIKE_ROUNDS rounds that can be compared (see `rounds.pool_rounds`) is visited again, up to
-    MORE_ROUNDS times, and then waits where the machine is slower than beside most. Interrupted, it has kept every
-    finished visit; `clear` forgets them. like: rows of an earlier run that these are to be compared with.
+    Interrupted, it has kept every finished visit; `clear` forgets them. like: rows of an earlier run, to whose moments
+    the times are brought (see `rounds.pool_rounds`).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pending, last, rows = list(visits), {}, {}
-    wanted = min(LIKE_ROUNDS, 1 + max((visit.get("round", 0) for visit in visits), default=0))
-    given = {} if like is None else _usual(like)
-    usual = lambda: usual_yardsticks(row for found in rows.values() for row in found) | given
-    with tqdm(total=len(visits), unit="run") as progress:
-        for again in range(1 + MORE_ROUNDS):
-            for visit in pending:
-                what = json.dumps(
-                    {key: visit[key] for key in visit if key not in ("round", "complete")}, sort_keys=True
-                )
-                place = folder / f"{fingerprint(visit)}.json"
-                progress.set_description(f"{visit['name']} {visit['image_size']} px {visit['mixer']}")
-                progress.initial += place.is_file()  # it took no time, so it tells nothing of the time left
-                times = usual() if again else {}  # to wait at once, through a slow hour, would take as long as all else
-                moment = min((ms for (device, _), ms in times.items() if device == visit.get("device")), default=None)
-                rows.setdefault(what, []).extend(_measured(visit, place, moment))
-                last[what] = visit
-                progress.update()
-            times = usual()
-            disturbed = [what for what, found in rows.items() if like_rounds(found, times) < wanted]
-            if not disturbed or again == MORE_ROUNDS:
-                break
-            pending = [last[what] | {"complete": False, "round": last[what].get("round", 0) + 1} for what in disturbed]
-            progress.total += len(pending)
-    return pool_rounds((row for found in rows.values() for row in found), given)
+    rows: list[dict] = []
+    with tqdm(visits, unit="run") as progress:
+        for visit in progress:
+            place = folder / f"{fingerprint(visit)}.json"
+            progress.set_description(f"{visit['name']} {visit['image_size']} px {visit['mixer']}")
+            progress.initial += place.is_file()  # it took no time, so it tells nothing of the time left
+            rows += _measured(visit, place)
+    return pool_rounds(rows, None if like is None else _yardsticks(like))
 
 
-def _usual(rows: pd.DataFrame) -> dict[tuple, float]:
-    """Return what the yardstick took beside the rounds that stand, ms, by device and threads: the tenth part less."""
+def _yardsticks(rows: pd.DataFrame) -> dict[tuple, float]:
     timed = rows.reindex(columns=["device", "threads", "yardstick"]).dropna(subset="yardstick")
-    return {where: quiet(part["yardstick"]) for where, part in timed.groupby(["device", "threads"], dropna=False)}
+    return timed.groupby(["device", "threads"], dropna=False)["yardstick"].first().to_dict()
 
 
-def _measured(visit: Mapping, place: Path, usual: float | None) -> list[dict]:
+def usual_yardstick(rows: pd.DataFrame) -> float:
+    """Return what the yardstick takes at the moments that the times are brought to, seconds.
+
+    Raises ValueError where nothing was timed.
+    """
+    if not (times := _yardsticks(rows)):
+        raise ValueError("nothing was timed: the rows' notes say why")
+    (milliseconds,) = times.values()
+    return milliseconds / 1e3
+
+
+def _measured(visit: Mapping, place: Path) -> list[dict]:
     """Return the rows of a visit, measured now unless its file is there."""
     if not place.is_file():
         settings = {key: value for key, value in visit.items() if key != "round"}
         name, mixer, size = (settings.pop(key) for key in ("name", "mixer", "image_size"))
         temporary = place.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(measure_apart(name, mixer, size, usual=usual, **settings)))
+        temporary.write_text(json.dumps(measure_apart(name, mixer, size, **settings)))
         temporary.replace(place)
     return json.loads(place.read_text())
-
-
-def usual_yardstick(rows: pd.DataFrame) -> float:
-    """Return what the yardstick took beside the rounds that stand, seconds: beside the tenth part it took less.
-
-    Raises ValueError where nothing was timed.
-    """
-    if not (times := _usual(rows)):
-        raise ValueError("nothing was timed: the rows' notes say why")
-    (milliseconds,) = times.values()
-    return milliseconds / 1e3
 
 
 def clear(folder: Path) -> None:

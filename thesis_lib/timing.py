@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and stop on stderr otherwise
 
@@ -15,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from thesis_lib.cost_model import kind
-from thesis_lib.yardstick import at_a_quiet_moment, yardstick
+from thesis_lib.yardstick import around
 
+T = TypeVar("T")
 UNITS = {
     "macs": "MAC",
     "macs_counted": "MAC",
@@ -50,38 +52,36 @@ REFUSED = ("not implemented for", "No available kernel", "No viable backend", "t
 REFUSED += ("cuDNN", "No valid execution plans")
 
 
-def time_forward(
-    model: Callable[[Tensor], object], x: Tensor, *, runs: int = 50, warmup: int = 10, seconds: float = 10.0
-) -> np.ndarray:
+def time_forward(model: Callable[[Tensor], object], x: Tensor, **timing) -> np.ndarray:
     """Time forward passes one by one, seconds: by the wall clock, on a GPU by events around a pass waited for.
 
-    The GPU is idle when a pass starts, so the host's launches count there, too. Stops after `runs`, or once `seconds`
-    have gone by and three are done. Warm-up passes, of which there may be fewer where they outlast `seconds`, are not
-    timed.
+    The GPU is idle when a pass starts, so the host's launches count there, too. timing: it stops after `runs` (50), or
+    once `seconds` (10) have gone by and three are done; `warmup` passes (10) before, of which there may be fewer where
+    they outlast `seconds`, are not timed.
     """
-    times: list[float] = []
     once = _by_events if x.is_cuda else _by_clock
+    return np.array(_passes(lambda: once(model, x), **timing))
+
+
+def time_beside(model: Callable[[Tensor], object], x: Tensor, **timing) -> tuple[np.ndarray, dict[str, list[float]]]:
+    """Time forward passes as `time_forward` does, and the yardstick around each of them: {"beside": ms}."""
+    once = _by_events if x.is_cuda else _by_clock
+    found = _passes(lambda: around(lambda: once(model, x), x.device), **timing)
+    times, beside = np.array(found).T
+    return times, {"beside": (1e3 * beside).tolist()}
+
+
+def _passes(once: Callable[[], T], *, runs: int = 50, warmup: int = 10, seconds: float = 10.0) -> list[T]:
+    found: list[T] = []
     with torch.inference_mode():
         end = time.perf_counter() + seconds
         while warmup and time.perf_counter() < end:
-            once(model, x)
+            once()
             warmup -= 1
         end = time.perf_counter() + seconds
-        while len(times) < runs and (len(times) < 3 or time.perf_counter() < end):
-            times.append(once(model, x))
-    return np.array(times)
-
-
-def time_beside(
-    model: Callable[[Tensor], object], x: Tensor, *, usual: float | None = None, **timing
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Time forward passes as `time_forward` does, and the yardstick beside them: {"yardstick": ms}.
-
-    It is timed before and after; the longer counts. usual: what it takes at quiet moments, ms, which are waited for.
-    """
-    before = at_a_quiet_moment(x.device, usual and usual / 1e3)
-    times = time_forward(model, x, **timing)
-    return times, {"yardstick": 1e3 * max(before, yardstick(x.device))}
+        while len(found) < runs and (len(found) < 3 or time.perf_counter() < end):
+            found.append(once())
+    return found
 
 
 def _by_clock(model: Callable[[Tensor], object], x: Tensor) -> float:

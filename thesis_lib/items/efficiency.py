@@ -178,12 +178,8 @@ def protocol(rows: pd.DataFrame) -> Table:
         f"{first['backbone']} at {int(first['image_size'])} px, {first['dtype']} on {first['device']}{batch}. Ceiling: "
         "multiply-adds a second at the best batch, of the highest rate of a matrix product measured there."
     )
-    timed = rows.reindex(columns=["rounds", "disturbed"]).sum()
-    if timed["disturbed"]:
-        note += f" {timed['disturbed']:.0f} of {timed['rounds']:.0f} rounds of timing were disturbed: left out where "
-        note += "others were not."
     if "yardstick" in rows and rows["yardstick"].notna().any():
-        note += f" The yardstick took {rows['yardstick'].median():.2f} ms beside those that stand."
+        note += f" Times are those at moments when the yardstick takes {rows['yardstick'].median():.2f} ms."
     digits = {column: None for column in frame.columns[1:]} | {("Throughput", "batch"): 0, ("Ceiling", "%"): 0}
     return Table(
         frame, digits, {("Latency (ms)", "median"): "min", ("Throughput", "images/s"): "max"}, note, data=False
