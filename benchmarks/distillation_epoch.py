@@ -5,8 +5,8 @@
 Four loops over one student and the same batches, in one process, in rotated order: forward and backward of float
 tensors that are ready on the device ("bare"), the same with AdamW's step ("bare + step"), that from the pixel cache's
 memory map ("from the cache"), and the training epoch of `thesis_lib.distillation.distil` ("distil"), which is expected
-to reach at least 0.9 of the bare loop. Medians over the rounds, after one that warms up, with
-the notebooks' settings of the allocator.
+to reach at least 0.9 of the bare loop. Medians over the rounds, after one that warms up,
+with the notebooks' settings of the allocator.
 """
 
 import argparse

@@ -59,14 +59,12 @@ def time_forward(model: Callable[[Tensor], object], x: Tensor, **timing) -> np.n
     once `seconds` (10) have gone by and three are done; `warmup` passes (10) before, of which there may be fewer where
     they outlast `seconds`, are not timed.
     """
-    once = _by_events if x.is_cuda else _by_clock
-    return np.array(_passes(lambda: once(model, x), **timing))
+    return np.array(_passes(lambda: _once(model, x), **timing))
 
 
 def time_beside(model: Callable[[Tensor], object], x: Tensor, **timing) -> tuple[np.ndarray, dict[str, list[float]]]:
     """Time forward passes as `time_forward` does, and the yardstick around each of them: {"beside": ms}."""
-    once = _by_events if x.is_cuda else _by_clock
-    found = _passes(lambda: around(lambda: once(model, x), x.device), **timing)
+    found = _passes(lambda: around(lambda: _once(model, x), x.device), **timing)
     times, beside = np.array(found).T
     return times, {"beside": (1e3 * beside).tolist()}
 
@@ -82,6 +80,10 @@ def _passes(once: Callable[[], T], *, runs: int = 50, warmup: int = 10, seconds:
         while len(found) < runs and (len(found) < 3 or time.perf_counter() < end):
             found.append(once())
     return found
+
+
+def _once(model: Callable[[Tensor], object], x: Tensor) -> float:
+    return _by_events(model, x) if x.is_cuda else _by_clock(model, x)
 
 
 def _by_clock(model: Callable[[Tensor], object], x: Tensor) -> float:
