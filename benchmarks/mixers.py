@@ -3,17 +3,18 @@
     python benchmarks/mixers.py [--quick] [--tokens 197 785 2305] [--device cpu] [--out FOLDER]
 
 A configuration is a pass (forward, or forward and backward), a number of tokens, a width and a number format; it has a
-process of its own. In it all layers take turns, in an order that rotates by one a round, so that a drift of the machine
-hits all of them alike: read the ratios. Layers have 64 channels a head and the sizes that the peer is given too
-(R = 2, 64 landmarks, k = 64, 256 features). Peers that know no class token, PVT's and PoolFormer's, run on the patches
-alone, PoolFormer's on channels-first images, as it is used. `--out` writes mixer_speed.parquet and a figure.
+process of its own. In it all layers take turns, in an order that rotates by one a round, and a yardstick around each
+run brings the times to like moments (`adaptive_speed.interleaved`): read the ratios. Layers have 64 channels a head and
+the sizes that the peer is given too (R = 2, 64 landmarks, k = 64, 256 features). Peers that know no class token, PVT's
+and PoolFormer's, run on the patches alone, PoolFormer's on channels-first images, as it is used. `--out` writes
+mixer_speed.parquet and a figure.
 """
 
 import argparse
 import itertools
 import math
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -25,7 +26,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from thesis_lib import attention, plots, processes, results, summary
-from thesis_lib.efficiency import refusal, rotated
+from thesis_lib.adaptive_speed import interleaved
+from thesis_lib.efficiency import refusal
 
 HEAD_DIM = 64
 SAMPLE = 0.01  # seconds that one sample lasts at least
@@ -114,12 +116,9 @@ def layers(tokens: int, dim: int) -> dict[tuple[str, str], Callable[[], Layer]]:
     return found | {(label, "peer"): lambda build=build: build(tokens, dim) for label, build in PEERS.items()}
 
 
-def repeat(layer: nn.Module, arguments: tuple, backward: bool, times: int) -> float:
-    """Run a layer some times and return the seconds of one."""
+def repeat(layer: nn.Module, arguments: tuple, backward: bool, times: int) -> None:
+    """Run a layer some times, its gradients freed after each."""
     x = arguments[0]
-    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
-    wait()
-    start = time.perf_counter()
     for _ in range(times):
         with torch.inference_mode(not backward):
             y = layer(*arguments)
@@ -128,8 +127,12 @@ def repeat(layer: nn.Module, arguments: tuple, backward: bool, times: int) -> fl
             y.backward(torch.ones_like(y))
             layer.zero_grad(set_to_none=True)
             x.grad = None
-    wait()
-    return (time.perf_counter() - start) / times
+
+
+def times_a_sample(run: Callable[[int], None], device: str) -> int:
+    """Return how often to run a layer for one sample."""
+    seconds = interleaved({"one": partial(run, 1)}, rounds=1, device=device)["one"]
+    return max(1, math.ceil(SAMPLE / seconds.item()))
 
 
 def measure(backward: bool, tokens: int, dim: int, dtype: str, batch: int, rounds: int, device: str, threads: int):
@@ -139,25 +142,22 @@ def measure(backward: bool, tokens: int, dim: int, dtype: str, batch: int, round
     x = torch.randn(batch, tokens, dim).to(device, getattr(torch, dtype))
     common = {"pass": "forward+backward" if backward else "forward", "tokens": tokens, "dim": dim, "dtype": dtype}
     common |= {"batch": batch, "device": device, "threads": threads, "metric": "latency", "unit": "ms", "n": rounds}
-    ready, rows = {}, []
+    runs, counts, rows = {}, {}, []
     for (label, role), build in layers(tokens, dim).items():
         try:
             layer, arguments = build()
             layer = layer.to(device, x.dtype).train(backward)
             arguments = arguments(x)
             arguments = (arguments[0].detach().requires_grad_(backward), *arguments[1:])
-            repeat(layer, arguments, backward, 1)
-            times = max(1, math.ceil(SAMPLE / repeat(layer, arguments, backward, 1)))
-            ready[label, role] = layer, arguments, backward, times
+            run = partial(repeat, layer, arguments, backward)
+            counts[label, role] = times_a_sample(run, device)
+            runs[label, role] = partial(run, counts[label, role])
         except (ImportError, ValueError, RuntimeError) as error:  # not installed, a grid not served, no such kernel
             note = refusal(error) or f"{type(error).__name__}: {str(error).splitlines()[0]}"
             rows.append(common | {"mixer": label, "role": role, "value": None, "n": 0, "note": note})
-    seconds = {key: [] for key in ready}
-    for order in rotated(list(ready), rounds):
-        for key in order:
-            seconds[key].append(repeat(*ready[key]))
+    seconds = interleaved(runs, rounds=rounds, seconds=math.inf, device=device)
     for (label, role), taken in seconds.items():
-        p20, median, p80 = 1e3 * np.percentile(taken, [20, 50, 80])
+        p20, median, p80 = 1e3 * np.percentile(taken, [20, 50, 80]) / counts[label, role]
         rows.append(common | {"mixer": label, "role": role, "value": median, "p20": p20, "p80": p80, "note": None})
     return rows
 

@@ -428,13 +428,18 @@ def test_scaling_tells_what_a_mixer_cannot_serve():
 
 
 def test_a_moment_in_which_the_machine_stalls_does_not_decide_a_latency(monkeypatch):
-    readings = iter([900.0, 10.0, 11.0])
-    stalled = lambda *_, **__: efficiency.median_row("latency", [next(readings)] * 3)
-    monkeypatch.setattr(efficiency, "latency", stalled)
+    readings = iter([(0.9, 80.0), (0.010, 1.0), (0.011, 1.0)])  # seconds, and what the yardstick took, ms
+
+    def stalled(*_, **__):
+        spent, beside = next(readings)
+        return np.array([spent] * 3), {"beside": [beside] * 3}
+
+    monkeypatch.setattr(efficiency, "time_beside", stalled)
     rows = classification_costs.scaling_rows(resolve(TINY), {"mha": {}}, [32], rounds=3)
     found = next(row for row in rows if row["metric"] == "latency")
-    assert (found["value"], found["n"], found["p95"], found["batch"]) == (11.0, 9, 900.0, 1)
-    assert found["mean"] == pytest.approx(921 / 3) and not any("samples" in row for row in rows)
+    assert (found["n"], found["batch"], found["tokens"]) == (9, 1, 16)
+    assert found["value"] == pytest.approx(11.0) and found["p95"] == pytest.approx(11.25)  # 900 / 80 ms
+    assert found["mean"] == pytest.approx(32.25 / 3) and not any("samples" in row for row in rows)
 
 
 # --- patterns

@@ -99,8 +99,23 @@ def test_comparison_shows_percent_intervals_and_bolds_the_best(rows, costs):
     assert cells["MHA"][0] == rf"\bfseries {100 * mha.value:.1f}"
     assert cells["MHA"][1] == f"[{100 * mha.low:.1f}, {100 * mha.high:.1f}]"
     assert cells["MHA"][4] == "{--}" and cells["MHA"][5] == ""  # never distilled
-    assert cells["Pool"][6:] == [r"\bfseries 117", r"\bfseries 1.92"] == cells["Identity"][6:]  # equals are both best
+    cheapest = [r"\bfseries 117", r"\bfseries 1.92"]
+    assert cells["Pool"][6:8] == cheapest == cells["Identity"][6:8]  # equals are both best
+    spent = costs.query("metric == 'latency' and backbone == 'demo'").set_index(["mixer", "image_size"])["value"]
+    assert cells["MHA"][8] == latex.significant(spent["mha", rows["image_size"].iloc[0]])
     assert sum(line.count("bfseries") for line in cells["SRA"]) == 0
+
+
+def test_a_plan_keeps_its_dashes_and_bold_is_explained(tmp_path):
+    frame = pd.DataFrame({"Plan": ["M/M--MM", "--/M---M", "a–b"], "2AFC (%)": [50.0, None, 60.0]})
+    table = latex.Table(frame, {"2AFC (%)": 1}, {"2AFC (%)": "max"}, "P.")
+    assert [line[:2] for line in body(table)] == [
+        ["M/M-{}-MM", "50.0"], ["-{}-/M-{}-{}-M", "{--}"], ["a--b", r"\bfseries 60.0"],
+    ]  # fmt: skip
+    written = table.write(tmp_path / "a.tex", source="a test").read_text()
+    assert " ".join(re.findall(r"\\footnotesize (.*)\} ", written)) == f"P. {latex.BOLD}"
+    numbers = latex.write_numbers({"Plan": "M/M--MM"}, tmp_path / "numbers.tex", source="a test").read_text()
+    assert r"\newcommand{\Plan}{M/M-{}-MM}" in numbers
 
 
 def test_latex_is_a_bare_tabular_with_its_source(rows):

@@ -13,6 +13,7 @@ from thesis_lib import efficiency
 from thesis_lib.adaptive_speed import interleaved, passes
 from thesis_lib.classifier import ViTForImageClassification
 from thesis_lib.closed_form import count_macs, model_cost
+from thesis_lib.rounds import pool_rounds
 
 
 def cost_rows(
@@ -58,12 +59,6 @@ def latency_rows(
     return {key: {name: row[name] for name in row if name != "samples"} | {"batch": 1} for key, row in rows.items()}
 
 
-def timing_rows(model: nn.Module, x: Tensor, **timing: Any) -> list[dict]:
-    """Measure latency, with mean and standard deviation, and peak memory at the batch of `x`."""
-    row = _with_spread(efficiency.latency(model, x, **timing))
-    return [row | {"batch": len(x)}, efficiency.peak_memory(model, x)[0] | {"batch": len(x)}]
-
-
 def _with_spread(row: dict) -> dict:
     return row | {"mean": float(np.mean(row["samples"])), "std": float(np.std(row["samples"]))}
 
@@ -95,11 +90,11 @@ def scaling_rows(
     """Give MACs in closed form and measure latency and memory of one image, over image sizes, with random weights.
 
     mixers: configuration keys by mixer; timed: those that are measured as well, None for all. Each is timed in every
-    round, for its share of `runs` and `seconds`, so that a moment in which the machine stalls is a part of its samples
-    only. A size that a mixer cannot serve, or that this machine has no memory for, gives rows without a value and with
-    a note.
+    round, for its share of `runs` and `seconds`, and the rounds are brought to like moments (`rounds.pool_rounds`).
+    A size that a mixer cannot serve, or that this machine has no memory for, gives rows without a value and with a
+    note.
     """
-    rows, running, timing = [], {}, {"runs": -(-runs // rounds), "warmup": 1, "seconds": seconds / rounds}
+    rows, running, timing = [], [], {"runs": -(-runs // rounds), "warmup": 1, "seconds": seconds / rounds}
     for size, (name, keys) in ((size, item) for size in image_sizes for item in mixers.items()):
         tokens = (size // config["patch_size"]) ** 2
         common = {"mixer": name, "image_size": size, "tokens": tokens, "stage": "scaling"}
@@ -109,17 +104,22 @@ def scaling_rows(
             found = [{"metric": "macs", "value": model_cost(model.vit).macs, "unit": "MAC", "n": 1}]
             if timed is None or name in timed:
                 x = torch.rand(1, config["num_channels"], size, size, device=device)
-                running[len(rows) + len(found)] = model, x
-                found += timing_rows(model, x, **timing)
+                found.append(efficiency.peak_memory(model, x)[0] | {"batch": 1})
+                running.append((model, x, common | {"batch": 1}))
         except (ValueError, RuntimeError, MemoryError) as error:
             note = str(error) if isinstance(error, ValueError) else efficiency.refusal(error)
             if note is None:
                 raise
             found = efficiency.missing(("macs", "latency", "peak_memory"), note)
-            running.pop(len(rows) + 1, None)
         rows += [row | common for row in found]
-    for place, (model, x) in list(running.items()) * (rounds - 1):
-        again = efficiency.latency(model, x, **timing)["samples"]
-        pooled = efficiency.median_row("latency", [*rows[place]["samples"], *again])
-        rows[place] = _with_spread(rows[place] | pooled)
-    return [{key: value for key, value in row.items() if key != "samples"} for row in rows]
+    return rows + _latencies(running, rounds, timing)
+
+
+def _latencies(running: list[tuple[nn.Module, Tensor, dict]], rounds: int, timing: Mapping[str, Any]) -> list[dict]:
+    """Time models on their images in turn: a row each, with what is said about it."""
+    found = []
+    for model, x, about in running * rounds:
+        times, beside = efficiency.time_beside(model, x, **timing)
+        found.append(efficiency.median_row("latency", 1e3 * times) | beside | about)
+    rows = map(_with_spread, pool_rounds(found).to_dict("records"))
+    return [{name: row[name] for name in row if name not in ("samples", "note")} for row in rows]

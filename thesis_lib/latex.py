@@ -14,6 +14,7 @@ from pandas.io.formats.style import Styler
 INTERVAL = "95 % CI"
 NOTE_WIDTH = 98  # letters of a footnote that fit a thesis page
 SYNTHETIC = "Data: the synthetic world, not the published sets."
+BOLD = "Bold: the best value, whatever its interval."
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -64,8 +65,8 @@ def _typeset(text: str) -> str:
     }
     for sign, spelt in signs.items():
         text = text.replace(sign, f"${spelt}$")
-    text = text.replace("–", "--")
-    return text
+    text = re.sub(r"(?<!\{)-(?=-)", "-{}", text)  # blocks that are gone, not a dash; {--} is one
+    return text.replace("–", "--")
 
 
 def _write(path: Path, text: str) -> Path:
@@ -80,7 +81,8 @@ class Table:
 
     `frame` holds what the reader sees; `digits` gives the decimals of each numeric column (None: three significant
     digits); `best` says which end of a column is bold; `group` names a column whose equal values part the table.
-    `data`: values come from a data set, and `write` adds to the note where that is synthetic.
+    `data`: values come from a data set, and `write` adds to the note where that is synthetic. It says what bold means,
+    too.
     """
 
     frame: pd.DataFrame
@@ -136,8 +138,8 @@ class Table:
 
     def write(self, path: Path, *, source: str, synthetic: bool = False) -> Path:
         """Write the tabular to `path` and return it; synthetic: what it was measured on."""
-        marked = replace(self, note=f"{self.note} {SYNTHETIC}".strip()) if synthetic and self.data else self
-        return _write(path, marked.latex(source))
+        said = [self.note, *([BOLD] if self.best else []), *([SYNTHETIC] if synthetic and self.data else [])]
+        return _write(path, replace(self, note=" ".join(filter(None, said))).latex(source))
 
     def _shown(self, column: object) -> list[str]:
         if column in self.digits:

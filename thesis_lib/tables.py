@@ -113,9 +113,11 @@ def mixer_comparison(rows: pd.DataFrame, efficiency_rows: pd.DataFrame | None = 
         for metric, name in (("macs", "MAC"), ("params", "Params")):
             cost = costs(efficiency_rows, metric, **setting(main), embedding=True)
             parts.append(_scaled(cost[cost["mixer"].isin(main["mixer"])], name))
+        spent = costs(efficiency_rows, "latency", **setting(main), embedding=True).set_index("mixer")["value"]
+        parts.append(spent[spent.index.isin(main["mixer"])].to_frame(("Cost", "ms")))
     frame = _by_mixer(parts)
     digits = {column: None for column in frame if column[0] == "Cost"}
-    note = _accuracy_note(main) + (" MAC: the last block for the class token alone." if digits else "")
+    note = _accuracy_note(main) + (" MAC, ms of one image: the last block for the class token alone." if digits else "")
     return _accuracy_table(frame, note + _kinds_note(frame), digits, parts=_kinds(frame))
 
 
@@ -157,6 +159,7 @@ def distillation(rows: pd.DataFrame, triplets: pd.DataFrame) -> Table:
             pd.DataFrame({("Best on val", "%"): percent, ("Best on val", "Epoch"): epochs}, index=top["mixer"])
         )
     note = _accuracy_note(after) + ("" if share.empty else _recovered_note(share))
+    note += f" Best on val: of n = {int(curve['n'].iloc[0])} triplets." if len(curve) else ""
     return _accuracy_table(_by_mixer(parts, "Student"), note)
 
 
@@ -261,7 +264,8 @@ def published() -> Table:
         PUBLISHED,
         {"Val (%)": 1, "Test (%)": 1},
         {},
-        "2AFC on NIGHTS as published by the sources named; not measured here.",
+        "2AFC on NIGHTS as published by the sources named, on GitHub ssundaram21/dreamsim, fra31/perceptual-metrics "
+        "(R-CLIP) and turhancan97/VisBench; not measured here.",
         data=False,
     )
 

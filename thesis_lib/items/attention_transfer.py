@@ -13,8 +13,9 @@ from PIL import Image
 
 from thesis_lib import results
 from thesis_lib.latex import INTERVAL, Table, interval, macro, p_text, percentage, significant
+from thesis_lib.placement import label_line
 from thesis_lib.plots import CHOSEN, QUIET, TEXTWIDTH
-from thesis_lib.statistics import paired_difference
+from thesis_lib.statistics import paired_difference, recovered_share
 from thesis_lib.summary import label, ordered
 
 NOTEBOOK = "05_attention_transfer"
@@ -180,13 +181,11 @@ def transferred(rows: pd.DataFrame) -> Figure:
         names = ["finetuned", *(["scratch"] if what == "heads" else [])]
         for name in names:
             ax.axhline(100 * main[name], color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-            at = (0.98, 100 * main[name])
-            ax.annotate(
-                RUNS[name], at, (0, 2), ("axes fraction", "data"), "offset points", ha="right", color=QUIET, fontsize=7
-            )
         ax.set_xlabel(text)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.margins(x=0.08, y=0.12)
+        for name in names:
+            label_line(ax, RUNS[name], 100 * main[name], QUIET, spans=zip(x, 100 * low, 100 * high, strict=True))
     axes[0].set_ylabel(f"top-1 (%), n = {int(accuracies(rows, 'main')['n'].iloc[0])}")
     return figure
 
@@ -237,9 +236,11 @@ def numbers(rows: pd.DataFrame, images: pd.DataFrame, triplets: pd.DataFrame) ->
     for stage, difference in against_scratch(images)["difference"].items():
         points = f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
         found[macro("attention", stage, "points")] = points
-    values = main.set_index("stage")["value"]
-    gap = values["finetuned"] - values["scratch"]
+    right = images.pivot(index="id", columns="stage", values="correct").astype(float)
     for stage in ("copy", "distill"):
-        if gap > 0:
-            found[macro("attention", stage, "share")] = f"{100 * (values[stage] - values['scratch']) / gap:.0f}"
+        name = macro("attention", stage, "share")
+        share = recovered_share(right["finetuned"], right["scratch"], right[stage])
+        if pd.notna(share.value):
+            ends = interval(share.low, share.high, digits=0, scale=100)
+            found |= {name: f"{100 * share.value:.0f}", f"{name}Interval": ends}
     return found

@@ -22,8 +22,10 @@ BASELINES = ("position", "colour")  # no model
 STAGES = {"zero-shot": "zero-shot", "lora": "LoRA on votes", "distilled": "distilled from one token"}
 
 CAPTIONS = {
-    "correspondence_systems": "Semantic correspondence of published systems.",
-    "correspondence_mixers": "Correspondence of every mixer's backbone before and after perceptual training.",
+    "correspondence_systems": "Semantic correspondence of two baselines without a model, and of the published "
+    "systems whose weights are present.",
+    "correspondence_mixers": "Correspondence of the backbone with each of the mixers tried here, before and after "
+    "perceptual training.",
     "correspondence_evaluators": "One set of features under every published evaluator and read-out.",
     "correspondence_training": "Students trained on true points and distilled from a combined teacher.",
     "correspondence_factors": "PCK by viewpoint, scale, truncation and occlusion.",
@@ -163,7 +165,13 @@ def factors_table(rows: pd.DataFrame, models: list[str]) -> Table:
     frame.insert(3, "Points", counts["points"].astype(int).to_numpy())
     frame["Factor"] = frame["Factor"].str.capitalize()
     digits = dict.fromkeys(models, 1) | {"Pairs": 0, "Points": 0}
-    return Table(frame, digits, {}, f"PCK@{ALPHA:g} of the box (%), by levels of the pair.", group="Factor")
+    return Table(
+        frame,
+        digits,
+        {},
+        f"PCK@{ALPHA:g} of the box (%), by levels of the pair; a difference on few pairs decides nothing.",
+        group="Factor",
+    )
 
 
 def layers_figure(rows: pd.DataFrame) -> Figure:
@@ -265,7 +273,8 @@ def make(profile: str) -> tuple[dict[str, Table], dict[str, Figure], dict[str, s
         "correspondence_training": training_table(rows),
         "correspondence_factors": factors_table(rows, few),
         "correspondence_published": Table(PUBLISHED, {"PCK@0.05 (%)": 1, "PCK@0.1 (%)": 1}, data=False, note=
-            "Quoted from the comparison table of a later paper (SoY), under its protocol; not measured here."),
+            "Quoted from the comparison table of Shape-of-You (arXiv 2603.11618), under its protocol; not measured "
+            "here."),
     }  # fmt: skip
     figures = {
         "correspondence_layers": layers_figure(rows),

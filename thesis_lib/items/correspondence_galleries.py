@@ -85,7 +85,8 @@ def failures(points: pd.DataFrame, models: list[str], alpha: float) -> Figure:
     figure, ax = plt.subplots(figsize=(0.8 * plots.TEXTWIDTH, min(height, 8.0)))
     style = {"palette": "colorblind", "errorbar": None, "width": 0.75}
     sns.barplot(data, x="missed", y="category", hue="model", order=order, hue_order=models, ax=ax, **style)
-    ax.set(xlabel=f"key-points farther than {alpha:g} of the box (%)", ylabel="", xlim=(0, 100))
+    count = len(data) // len(models)
+    ax.set(xlabel=f"key-points farther than {alpha:g} of the box (%), {count} in all", ylabel="", xlim=(0, 100))
     ax.grid(axis="y", visible=False)
     ax.legend(title="", loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2, columnspacing=1.2)
     return figure

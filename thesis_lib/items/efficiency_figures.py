@@ -103,6 +103,8 @@ def crossing_points(crossed: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             style = {"color": colour(mixer), "marker": SHAPES[row.stage], "markersize": 6, "linestyle": "none"}
             beyond = 1.15 * float(row.largest)
             if pd.isna(row.value):
+                if row.stage == "measured" and pd.notna(row.low):  # in some of the samples it is seen
+                    ax.plot([row.low, beyond], [at, at], color=colour(mixer), linewidth=1)
                 ax.plot([beyond], [at], **style | {"marker": ">", "markerfacecolor": "white", "markersize": 4})
                 continue
             ends = [row.value if pd.isna(row.low) else row.low, beyond if pd.isna(row.high) else row.high]

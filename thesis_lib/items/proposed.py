@@ -132,6 +132,14 @@ def field(rows: pd.DataFrame, pixels: pd.DataFrame) -> Table:
         f"in turn at batch {int(first['batch'])} on {first['device']}, {int(first['threads'])} threads. At 224 px: the "
         "proposed recipe in a ViT of that size with random weights."
     )
+    size = int(one(own, model="proposed")["image_size"])
+    note += f" Own scale: the proposed model and its teacher take pictures of {size} px, all others of 224 px"
+    compared = pixels["image_size"].dropna().unique() if "image_size" in pixels else ()
+    note += (
+        f" (distances of pixels are timed in pairs, and were scored at {int(compared[0])} px)."
+        if len(compared)
+        else "."
+    )
     note += f" Weights not present, so no accuracy: {', '.join(name_of(name) for name in absent)}." if absent else ""
     digits = {("2AFC on test", "%"): 1} | {column: None for column in frame if column[0] in ("Cost", "× ensemble")}
     return Table(frame, digits, {}, note, group=("", "Scale"))
@@ -143,7 +151,8 @@ def published() -> Table:
         {"Metric": name, "Val, %": val, "Test, %": test, "Source": source}
         for name, (val, test, source) in PUBLISHED.items()
     ]
-    note = "NIGHTS, not the synthetic world: nothing here may be compared with the tables of the demo."
+    note = "NIGHTS, not the synthetic world: nothing here may be compared with the tables of the demo. On GitHub: "
+    note += "ssundaram21/dreamsim, fra31/perceptual-metrics (R-CLIP)."
     return Table(pd.DataFrame(records), {"Val, %": 1, "Test, %": 1}, note=note, data=False)
 
 

@@ -64,7 +64,7 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
                 )
         ax.set_xticks(np.arange(grid.shape[1]) + 0.5, [str(int(layer) + 1) for layer in grid.columns])
         ax.set_yticks(np.arange(len(order)) + 0.5, [ACTIONS.get(action, label(action)) for action in order])
-        ax.set(xlabel="block", title=head)
+        ax.set(xlabel="block", title=f"{head} (n = {int(of(found, metric=metric)['n'].iloc[0])})")
         ax.tick_params(length=0)
         ax.grid(visible=False)
         ax.spines[:].set_visible(False)
@@ -90,7 +90,13 @@ def front(rows: pd.DataFrame) -> Figure:
         x, y = times.loc[key, "value"] / times.loc[key, "batch"], 100 * row["value"]
         tint = colour("mha") if key[0] == "teacher" else PLAN if key[0] in plans else colour(key[0].split("-")[0])
         right.errorbar(
-            [x], [y], [[y - 100 * row["low"]], [100 * row["high"] - y]], fmt="none", ecolor=tint, elinewidth=0.8
+            [x],
+            [y],
+            [[y - 100 * row["low"]], [100 * row["high"] - y]],
+            fmt="none",
+            ecolor=tint,
+            elinewidth=0.8,
+            capsize=2,
         )
         fill = tint if key[1] == "float32" else "white"
         right.plot([x], [y], "o", color=tint, markerfacecolor=fill, zorder=4)
