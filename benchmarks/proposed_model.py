@@ -29,6 +29,8 @@ SAVED = paths.RESULTS / "demo" / "models" / "proposed"
 
 def read_plan(text: str) -> Plan:
     """Read a plan as `Plan.label` writes it."""
+    if unknown := set(text) - {*LETTERS, "/"}:
+        raise ValueError(f"--plan {text}: {', '.join(sorted(unknown))} is none of {', '.join(LETTERS)} and /")
     halved = text.find("/")
     return Plan(tuple(LETTERS[letter] for letter in text.replace("/", "")), halved if halved >= 0 else None)
 
@@ -84,7 +86,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     models: dict[str, tuple[nn.Module, int]] = {}
-    plan = read_plan(options.plan) if options.plan else None
+    try:
+        plan = read_plan(options.plan) if options.plan else None
+    except ValueError as error:
+        parser.error(str(error))
     if options.model.is_dir():
         metric, _ = perceptual.load(options.model)
         plan = plan or recipe(metric.backbone)

@@ -422,7 +422,7 @@ def test_a_metric_is_whole_while_it_is_saved_again(tmp_path, model, monkeypatch)
 def test_load_of_nothing_names_the_near_mixers_or_the_folder(tmp_path):
     with pytest.raises(ValueError, match="moh.*, nor is there a folder of that name"):
         perceptual.load("mho")
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="no saved metric at .*nowhere"):
         perceptual.load(tmp_path / "nowhere")
 
 

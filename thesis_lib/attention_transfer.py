@@ -144,8 +144,8 @@ class AttentionTransfer(nn.Module):
 
     A student layer with another mixer than MHA is distilled on its own key set, through `Mixer.attention_map`.
     The teacher is no submodule: optimiser, averages, checkpoints and `state_dict` hold the student alone.
-    Raises ValueError for an unknown mode, a teacher of another depth, number of heads or of tokens, and a mixer
-    whose map cannot be copied or has nothing to learn.
+    Raises ValueError for an unknown mode, a teacher of another depth, number of heads or grid, a student with a drop
+    path of its own or attention dropout, and a mixer whose map cannot be copied or has nothing to learn.
     """
 
     excess = False  # True: maps are compared by their divergence, the cross-entropy less its least value
@@ -168,6 +168,8 @@ class AttentionTransfer(nn.Module):
         check_blocks(student, "student")
         if all(type(block.attn) is Attention for block in student.blocks):
             backbones.swap(student, "mha")
+        if not all(isinstance(block.drop_path1, nn.Identity) for block in student.blocks):
+            raise ValueError("the student has a drop path of its own: build it without, and give drop_path here")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path={drop_path} must be a rate from 0 to below 1")
         kind, _, tensor = mode.partition("_")
@@ -185,6 +187,8 @@ class AttentionTransfer(nn.Module):
             self._check_teacher(student, give)
             for i in chosen:
                 attn = student.blocks[i].attn
+                if getattr(getattr(attn, "attn_drop", None), "p", 0):
+                    raise ValueError(f"block {i} of the student has attention dropout: build it without")
                 if self.copies:
                     student.blocks[i].attn = CopiedAttention(attn, self.tensor, give.heads)
         self.student, self.reads = student, reads(student)
@@ -194,10 +198,10 @@ class AttentionTransfer(nn.Module):
             self.register_buffer(name, like.new_tensor(value).view(1, 3, 1, 1), persistent=False)
 
     def _check_teacher(self, student: VisionTransformer, teacher: Teacher) -> None:
-        what = "tokens", "heads", "blocks"
+        what = "patches", "prefix tokens", "heads", "blocks"
         sizes = [
-            (model.patch_embed.num_patches + model.num_prefix_tokens, model.blocks[0].attn.num_heads, len(model.blocks))
-            for model in (student, teacher.backbone)
+            (tuple(vit.patch_embed.grid_size), vit.num_prefix_tokens, vit.blocks[0].attn.num_heads, len(vit.blocks))
+            for vit in (student, teacher.backbone)
         ]
         if sizes[0] != sizes[1]:
             both = ", ".join(f"{a} and {b} {name}" for name, a, b in zip(what, *sizes, strict=True) if a != b)
@@ -206,15 +210,14 @@ class AttentionTransfer(nn.Module):
             attn = student.blocks[i].attn
             if type(attn) is MHA:
                 if self.tensor != "map" and attn.head_dim != teacher.head_dim:
-                    raise ValueError(
-                        f"{self.mode} needs heads of one width: {attn.head_dim}, teacher {teacher.head_dim}"
-                    )
+                    widths = f"{attn.head_dim}, teacher {teacher.head_dim}"
+                    raise ValueError(f"{self.mode} needs heads of one width: {widths}")
                 continue
             name = getattr(attn, "name", type(attn).__name__)
             if self.mode != "distill":
                 raise ValueError(f"block {i} of the student has {name!r}: {self.mode} needs MHA, distill does not")
-            like = next(student.parameters())
-            maps = attn.attention_map(like.new_zeros(1, sizes[0][0], student.embed_dim))
+            count = student.patch_embed.num_patches + student.num_prefix_tokens
+            maps = attn.attention_map(next(student.parameters()).new_zeros(1, count, student.embed_dim))
             if maps is None or not maps.requires_grad or maps.shape[1] != teacher.num_heads:
                 raise ValueError(
                     f"{name!r} (block {i}) has no attention map of {teacher.num_heads} heads with parameters to learn"

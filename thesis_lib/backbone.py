@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from thesis_lib import attention, paths, weights
+from thesis_lib.layer_plan import check_untouched
 
 DEMO = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
 DEMO_FILE = "demo_backbone.safetensors"
@@ -48,6 +49,8 @@ def create(
     Raises ValueError for a wrong name, size, layer, option or file content, FileNotFoundError for missing weights.
     """
     attention.get(mixer)  # a typo is reported before any weights are read
+    if not isinstance(pretrained, bool | str | Path):
+        raise ValueError(f"pretrained must be True, False or a weight file, not {pretrained!r}.")
     path = None if isinstance(pretrained, bool) else Path(pretrained)
     if name == "demo" and pretrained is True:
         path = paths.WEIGHTS / DEMO_FILE
@@ -77,10 +80,11 @@ def create(
 def swap(model: VisionTransformer, mixer: str, layers: Iterable[int] | None = None, **options) -> VisionTransformer:
     """Replace the attention of the chosen blocks in place, reusing its weights, and return the model.
 
-    Raises ValueError when a block's attention was swapped before: what its projections held is gone.
+    Raises ValueError for a model with a plan or merged tokens, and for a block that was swapped before: what its
+    attention's projections held is gone.
     """
-    kind = attention.get(mixer)
-    chosen = _layers(model, layers)
+    check_untouched(model)
+    kind, chosen = attention.get(mixer), _layers(model, layers)
     for i, block in enumerate(model.blocks):
         if not _is_mha(getattr(block, "attn", None)):
             what = getattr(getattr(block, "attn", None), "name", type(block).__name__)
@@ -120,7 +124,8 @@ def save_weights(model: VisionTransformer, path: str | Path, dtype: torch.dtype 
     if hasattr(model, "merge_and_unload"):
         raise ValueError("The model still carries a LoRA adapter; call merge_lora first.")
     if not hasattr(model, "recipe"):
-        raise ValueError("The model has no recipe to build it again from; backbone.create makes models that have one.")
+        raise ValueError("The model has no recipe to build it again from, as those of backbone.create have.")
+    weights.follow_options(model)
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
@@ -133,7 +138,7 @@ def merge_dreamsim_adapter(model: VisionTransformer, folder: str | Path) -> Visi
 
     folder: adapter_config.json and adapter_model.safetensors as peft writes them for a single-branch DreamSim
     (keys ...blocks.{i}.attn.qkv.lora_{A,B}.weight; A (r, D), B (3D, r)), see DreamSim, Fu et al. 2023.
-    Raises ValueError for mixers other than attention and for missing, foreign, all-zero or misshapen matrices.
+    Raises ValueError for mixers other than attention and for missing, foreign, all-zero, misshapen or not finite ones.
     """
     folder = Path(folder).expanduser()
     for needed in ("adapter_config.json", "adapter_model.safetensors"):
@@ -146,7 +151,7 @@ def merge_dreamsim_adapter(model: VisionTransformer, folder: str | Path) -> Visi
         config = json.loads((folder / "adapter_config.json").read_text())
         rank, scale = int(config["r"]), config["lora_alpha"] / config["r"]
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (json.JSONDecodeError, KeyError, TypeError, ZeroDivisionError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a readable LoRA adapter: {error!r}") from error
     if config.get("use_rslora") or config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise ValueError(f"{folder} is not a plain LoRA adapter (rsLoRA, DoRA or per-layer ranks are not supported).")
@@ -171,6 +176,8 @@ def merge_dreamsim_adapter(model: VisionTransformer, folder: str | Path) -> Visi
         expected = (rank, weight.shape[1]), (weight.shape[0], rank)
         if shapes != expected:
             raise ValueError(f"{folder}: lora_A, lora_B of block {i} have shapes {shapes}, expected {expected}.")
+    if not all(tensor.isfinite().all() for tensor in found.values()):
+        raise ValueError(f"{folder}: a matrix holds values that are not finite.")
     if not all(found[i, "B"].any() for i in range(len(projections))):
         raise ValueError(f"{folder}: a lora_B is all zero, so the adapter was never trained or was read wrongly.")
     with torch.no_grad():
@@ -266,8 +273,10 @@ def _resize(model: VisionTransformer, img_size: int | Iterable[int] | None) -> N
     except TypeError as error:
         raise ValueError(f"img_size {img_size!r} must be an integer, or height and width.") from error
     patch = model.patch_embed.patch_size
-    if len(size) != 2 or any(s < p or s % p for s, p in zip(size, patch, strict=True)):
-        near = [[max(s // p, 1) * p, (s // p + 1) * p] for s, p in zip(size, patch, strict=False)]
+    if len(size) != 2:
+        raise ValueError(f"img_size {img_size} must be an integer, or height and width.")
+    if any(s < p or s % p for s, p in zip(size, patch, strict=True)):
+        near = [sorted({max(s // p, 1) * p, max(s // p + 1, 1) * p}) for s, p in zip(size, patch, strict=True)]
         raise ValueError(f"img_size {img_size} is not a multiple of the patch size {patch}; near sizes: {near}.")
     with torch.no_grad():
         model.set_input_size(img_size=size)

@@ -50,13 +50,13 @@ def model_cost(vit: nn.Module, norm: bool = False) -> Cost:
     """
     if not possible(vit):
         raise ValueError("the last block is no plain timm Block behind others, so it computes all of its tokens")
-    block, grid, prefix = vit.blocks[-1], tuple(vit.patch_embed.grid_size), vit.num_prefix_tokens
-    tokens, dim, hidden = vit.patch_embed.num_patches + prefix, vit.embed_dim, block.mlp.fc1.out_features
+    block, grid, prefix = vit.blocks[-1], closed_form.block_grids(vit)[-1], vit.num_prefix_tokens
+    tokens, dim, mlp = grid[0] * grid[1] + prefix, vit.embed_dim, closed_form.mlp_cost(block.mlp, 1)
     scales = sum(not isinstance(layer, nn.Identity) for layer in (block.ls1, block.ls2))
     final = isinstance(vit.norm, nn.LayerNorm)
     # Of the other tokens: MLP, second norm, two residual sums, layer scales. The final norm is of one token or of none.
-    macs, elementwise = 2 * dim * hidden, (7 + 2 + scales) * dim + 5 * hidden
-    saved = Cost((tokens - 1) * macs, (tokens - 1) * elementwise + final * 7 * (tokens - norm) * dim)
+    each = (7 + 2 + scales) * dim + mlp.elementwise
+    saved = Cost((tokens - 1) * mlp.macs, (tokens - 1) * each + final * 7 * (tokens - norm) * dim)
     if _one_query(block.attn):
         whole = closed_form.mixer_cost(block.attn, tokens, grid, prefix)
         heads = block.attn.num_heads

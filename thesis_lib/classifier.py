@@ -9,7 +9,6 @@ The keys are those of the published comparison, the network is timm's: what diff
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from thesis_lib import attention, backbone, weights
+from thesis_lib import attention, backbone, paths, weights
 from thesis_lib.attention.base import integer, suggest
 
 DEFAULTS = {
@@ -142,11 +141,9 @@ def save(model: ViTForImageClassification, folder: str | Path) -> Path:
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    parts = [folder / f".{name}.{os.getpid()}.part" for name in ("config.json", "model.safetensors")]  # one a process
-    parts[0].write_text(json.dumps(model.config, indent=1) + "\n", encoding="utf-8")
-    save_file(tensors, parts[1], metadata={"format": "pt"})
-    for part, name in zip(parts, ("config.json", "model.safetensors"), strict=True):
-        os.replace(part, folder / name)
+    text = json.dumps(model.config, indent=1) + "\n"
+    paths.write_whole(folder / "model.safetensors", lambda part: save_file(tensors, part, metadata={"format": "pt"}))
+    paths.write_whole(folder / "config.json", lambda part: part.write_text(text, encoding="utf-8"))
     return folder
 
 

@@ -22,26 +22,45 @@ def mixer_cost(attn: nn.Module, tokens: int, grid: tuple[int, int], prefix_token
     )
 
 
+def mlp_cost(mlp: nn.Module, tokens: int) -> Cost:
+    """Return the closed form of a block's MLP; of a gated one the first layer is twice as wide as the second reads."""
+    dim, rows, hidden = mlp.fc1.in_features, mlp.fc1.out_features, mlp.fc2.in_features
+    gate = hidden * (rows > hidden)
+    return Cost(tokens * dim * (rows + hidden), tokens * (5 * hidden + gate), dim * (rows + hidden) + rows + dim)
+
+
+def block_grids(model: VisionTransformer) -> list[tuple[int, int]]:
+    """Return the grid of patches that each block computes, halved from a `layer_plan.CoarserBlock` on."""
+    grid, found = tuple(model.patch_embed.grid_size), []
+    for block in model.blocks:
+        grid = (grid[0] // 2, grid[1] // 2) if hasattr(block, "halving") else grid
+        found.append(grid)
+    return found
+
+
 def model_cost(model: VisionTransformer) -> Cost:
     """Add up the closed forms of a timm ViT for one image: patch embedding, mixers, MLPs, norms, tokens.
 
     MACs: P·3p²·d + Σ layers (mixer + 2·N·d·hidden), N tokens of which P are patches; hidden = 4d gives the usual 8Nd².
     Elementwise operations, counted as in `Cost`: 7 an element of a LayerNorm, 5 of a GELU, 1 of a residual sum.
     """
-    grid, dim = model.patch_embed.grid_size, model.embed_dim
-    patches, prefix = grid[0] * grid[1], model.num_prefix_tokens
-    tokens, kernel = patches + prefix, model.patch_embed.proj.weight[0].numel()
-    total = Cost(patches * kernel * dim, tokens * dim, kernel * dim + dim + prefix * dim + model.pos_embed.numel())
-    norm = Cost(0, 7 * tokens * dim, 2 * dim)
-    for block in model.blocks:
-        hidden = block.mlp.fc1.out_features
-        mlp = Cost(2 * tokens * dim * hidden, 5 * tokens * hidden, 2 * dim * hidden + dim + hidden)
+    patches, prefix, dim = model.patch_embed.num_patches, model.num_prefix_tokens, model.embed_dim
+    project, places = model.patch_embed.proj, 0 if model.pos_embed is None else model.pos_embed.numel()
+    tokens, kernel = patches + prefix, project.weight[0].numel()
+    bias = 0 if project.bias is None else dim
+    total = Cost(patches * kernel * dim, tokens * dim, kernel * dim + bias + prefix * dim + places)
+    if isinstance(model.norm_pre, nn.LayerNorm):
+        total += Cost(0, 7 * tokens * dim, 2 * dim)
+    for block, grid in zip(model.blocks, block_grids(model), strict=True):
+        if hasattr(block, "halving"):
+            total += Cost(0, (tokens - prefix) * dim)
+            tokens = prefix + grid[0] * grid[1]
+        norm, residual = Cost(0, 7 * tokens * dim, 2 * dim), Cost(0, 2 * tokens * dim, 0)
         scale = [Cost(0, tokens * dim, dim) for layer in (block.ls1, block.ls2) if not isinstance(layer, nn.Identity)]
-        residual = Cost(0, 2 * tokens * dim, 0)
         mixer = mixer_cost(block.attn, tokens, grid, prefix)
-        total = sum([norm, mixer, residual, norm, mlp, *scale], start=total)
+        total = sum([norm, mixer, residual, norm, mlp_cost(block.mlp, tokens), *scale], start=total)
     if isinstance(model.norm, nn.LayerNorm):
-        total += norm
+        total += Cost(0, 7 * tokens * dim, 2 * dim)
     if isinstance(model.head, nn.Linear):
         classes = model.head.out_features
         total += Cost(dim * classes, 0, (dim + 1) * classes)
@@ -53,11 +72,11 @@ def activated_macs(model: VisionTransformer) -> int:
 
     A reading aid beside `model_cost`: MoH's published code, as ours, executes every head (arXiv 2410.11842, section 3).
     """
-    tokens, macs = model.patch_embed.num_patches + model.num_prefix_tokens, model_cost(model).macs
-    for attn in (block.attn for block in model.blocks):
-        if hasattr(attn, "activated_macs"):
-            executed = mixer_cost(attn, tokens, model.patch_embed.grid_size, model.num_prefix_tokens).macs
-            macs += attn.activated_macs(tokens) - executed
+    macs, prefix = model_cost(model).macs, model.num_prefix_tokens
+    for block, grid in zip(model.blocks, block_grids(model), strict=True):
+        if hasattr(block.attn, "activated_macs"):
+            tokens = prefix + grid[0] * grid[1]
+            macs += block.attn.activated_macs(tokens) - mixer_cost(block.attn, tokens, grid, prefix).macs
     return macs
 
 

@@ -105,12 +105,23 @@ class CoarserBlock(Block):
         return super().forward(self.halving(x), **options)
 
 
+def check_untouched(model: VisionTransformer) -> None:
+    """Raise ValueError for a model whose blocks a plan or token merging has changed already."""
+    done = {"plan", "token_merging"} & set(getattr(model, "recipe", {}))
+    if done or any(hasattr(block, "halving") or hasattr(block, "trace") for block in model.blocks):
+        raise ValueError(
+            "a plan or token merging has changed this model's blocks: put mixers or a plan into a new one, merge last"
+        )
+
+
 def apply_plan(model: VisionTransformer, actions: Sequence[str], merge: int | None = None) -> VisionTransformer:
     """Put a plan into a timm ViT with attention in all blocks, in place, and return it; weights that stay are reused.
 
     The mixers have their default options. `model.recipe`, where there is one, says the plan.
-    Raises ValueError for a plan of another depth, a model with other mixers, and a grid that cannot be halved.
+    Raises ValueError for a plan of another depth, a model with other mixers, or with a plan or merged tokens before,
+    and a grid that cannot be halved.
     """
+    check_untouched(model)
     plan, grid, prefix = Plan(tuple(actions), merge), tuple(model.patch_embed.grid_size), model.num_prefix_tokens
     if len(plan.actions) != len(model.blocks):
         raise ValueError(f"the plan is for {len(plan.actions)} blocks, the model has {len(model.blocks)}")

@@ -108,8 +108,8 @@ class Metric(nn.Module):
         if normalize not in (True, False):
             raise ValueError(f"normalize {normalize!r} is neither True nor False.")
         self.backbone, self.feature, self.normalize = backbone, feature, normalize
-        device = next(backbone.parameters()).device
-        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in normalization(backbone))
+        like = next(backbone.parameters())
+        mean, std = (like.new_tensor(v).view(1, 3, 1, 1) for v in normalization(backbone))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.train(backbone.training)
@@ -150,6 +150,8 @@ class Metric(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         size = tuple(self.backbone.patch_embed.img_size)
+        if not isinstance(x, Tensor):
+            raise ValueError(f"Images must be a tensor, got {type(x).__name__}; `preprocess` makes one of a PIL image.")
         if x.ndim != 4 or x.shape[1:] != (3, *size):
             raise ValueError(f"Images must have the shape (B, 3, {size[0]}, {size[1]}), got {tuple(x.shape)}.")
         if not x.is_floating_point():
@@ -193,7 +195,7 @@ def load(
         near, known = suggest(folder.name, attention.MIXERS), ", ".join(attention.MIXERS)
         raise ValueError(f"unknown mixer {folder.name!r}{near}, nor is there a folder of that name; known: {known}")
     else:
-        raise FileNotFoundError(f"There is no folder {folder} with a saved metric.")
+        raise FileNotFoundError(f"There is no saved metric at {folder}; notebook 02 saves models/teacher, for mha.")
     size = tuple(metric.backbone.patch_embed.img_size)
     return metric.eval().requires_grad_(False).to(device), preprocess(size)
 

@@ -7,8 +7,10 @@ This is what run_all.sh calls. All other options go to snakemake: -n shows what 
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,22 +21,12 @@ import filelock
 import psutil
 
 from thesis_lib import gpu, paths, profiles
+from thesis_lib.datasets.missing import choose
 
 # With these snakemake only tells, and runs nothing.
 TELLS = {
-    "-n",
-    "-np",
-    "-pn",
-    "--dry-run",
-    "--dryrun",
-    "--dag",
-    "--rulegraph",
-    "--filegraph",
-    "--list",
-    "-l",
-    "--summary",
-    "-S",
-    "--lint",
+    *("--dry-run", "--dryrun", "--dag", "--rulegraph", "--filegraph", "--d3dag", "--list", "--list-rules", "-l"),
+    *("--list-target-rules", "--summary", "-S", "--detailed-summary", "-D", "--lint", "--unlock", "--version", "-v"),
 }
 KEPT = "What had finished is kept: the same command goes on from there."
 
@@ -51,7 +43,7 @@ def command(profile: str, options: list[str]) -> list[str]:
     cluster = {"--executor", "-e", "--workflow-profile"} & given
     if not {"--quiet", "-q", "--verbose"} & given:
         # Where "rules" is quiet, so is what a cluster says to a job that it refuses.
-        call += ["--quiet", "host", "reason", *([] if cluster or TELLS & given else ["rules"])]
+        call += ["--quiet", "host", "reason", *([] if cluster or only_tells(options) else ["rules"])]
     if not cluster:
         if not {"--cores", "-c", "--jobs", "-j"} & given:
             call += ["--cores", "all"]
@@ -63,6 +55,37 @@ def command(profile: str, options: list[str]) -> list[str]:
                 *([f"gpu={gpus}"] if gpus else []),
             ]
     return [*call, "--config", f"profile={profile}"]
+
+
+def only_tells(options: list[str]) -> bool:
+    """Say whether snakemake runs nothing with these options; -n may stand among other letters."""
+    return any(option.split("=")[0] in TELLS or re.fullmatch(r"-[A-Za-z]*n[A-Za-z]*", option) for option in options)
+
+
+def check_options(options: list[str]) -> None:
+    """Raise ValueError in one line for options that snakemake refuses, and for rules and profiles that are not there.
+
+    By itself it answers a misspelt option with all of its usage, and a misspelt workflow profile not at all.
+    """
+    from snakemake.cli import get_argument_parser  # not waited for where there are no options
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            found = get_argument_parser().parse_args(options)
+    except SystemExit as error:
+        if error.code:
+            raise ValueError(said.getvalue().strip().splitlines()[-1].partition("error: ")[2]) from None
+        return
+    rules = [path.stem[3:] for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")]
+    named = [*(found.forcerun or []), *(found.until or []), *(found.omit_from or [])]
+    for name in map(str, named):
+        if not {"/", "."} & set(name):  # a file
+            choose(name, [*rules, "all"], "rule")
+    if wrong := [str(target) for target in found.targets if str(target) in rules]:
+        raise ValueError(f"{wrong[0]} is a rule of several runs: --until {wrong[0]}, or --forcerun {wrong[0]}")
+    if found.workflow_profile not in (None, "none") and not (paths.ROOT / found.workflow_profile).exists():
+        raise ValueError(f"there is no workflow profile {found.workflow_profile}: profiles/slurm is one")
 
 
 def _figures_differ(profile: str) -> bool:
@@ -82,7 +105,7 @@ def _figures_differ(profile: str) -> bool:
 
 def run(profile: str, options: list[str]) -> int:
     """Run snakemake, one at a time per results folder, and report; return its exit status, 130 after Ctrl-C."""
-    start, tells = time.time(), TELLS & set(options)
+    start, tells = time.time(), only_tells(options)
     with contextlib.ExitStack() as stack:
         if not tells:
             paths.RESULTS.mkdir(parents=True, exist_ok=True)
@@ -100,7 +123,11 @@ def run(profile: str, options: list[str]) -> int:
     elif not tells:
         from thesis_lib import report  # not needed, and pandas not waited for, before
 
-        print(f"\n{report.describe(Path(profile).stem)}\n")
+        try:
+            print(f"\n{report.describe(Path(profile).stem)}\n")
+        except FileNotFoundError as error:  # an option that runs nothing, or a single file
+            print(error)
+            return status
         for path in report.strays(profile):
             print(f"warning: {report.short(path)} is of no run of this profile, yet in the tables: delete it")
         print(f"Done in {report.minutes(time.time() - start)}.")
@@ -151,6 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
         if meant := [word for word in rest if word in known]:
             raise ValueError(f"{meant[0]} is a profile: did you mean --profile {meant[0]}?")
         profiles.check_all(profiles.load(options.profile))
+        if rest:
+            check_options(rest)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

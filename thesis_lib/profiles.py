@@ -21,6 +21,7 @@ import yaml
 from thesis_lib import paths
 
 RESERVED = {"variants", "jobs"}
+SYNTHETIC = ("synthetic_triplets", "synthetic_images", "synthetic_studies")  # parameters of 01: what it draws
 
 
 class _Loader(yaml.SafeLoader):

@@ -59,4 +59,9 @@ def short(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(describe(sys.argv[1] if len(sys.argv) > 1 else "demo"))
+    try:
+        asked = sys.argv[1] if len(sys.argv) > 1 else "demo"
+        profiles.load(asked)  # a typo ends here
+        print(describe(Path(asked).stem))
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -101,15 +101,15 @@ def model_cost(model: VisionTransformer) -> Cost:
     counts = token_counts(model)
     total, full = closed_form.model_cost(model), counts[0]
     for block, before, after in zip(model.blocks, counts, counts[1:], strict=False):
-        hidden, r, heads = block.mlp.fc1.out_features, before - after, block.attn.num_heads
+        mlp, r, heads = closed_form.mlp_cost(block.mlp, 1), before - after, block.attn.num_heads
         whole, left = (closed_form.mixer_cost(block.attn, tokens, grid, prefix) for tokens in (full, before))
         early, late = (8 + (not isinstance(scale, nn.Identity)) for scale in (block.ls1, block.ls2))  # norm, residual
         total += Cost(
-            macs=left.macs - whole.macs - 2 * (full - after) * dim * hidden,
+            macs=left.macs - whole.macs - (full - after) * mlp.macs,
             elementwise=left.elementwise
             - whole.elementwise
             - early * (full - before) * dim
-            - (full - after) * (late * dim + 5 * hidden),
+            - (full - after) * (late * dim + mlp.elementwise),
         )
         total += Cost(elementwise=(before < full) * before * (1 + heads * before))  # logarithms, added to the logits
         if r:

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from thesis_lib.adaptive_tokens import AdaptiveViT, Halting
+from thesis_lib.closed_form import mlp_cost
 
 STEP = 16
 
@@ -165,7 +166,7 @@ def executed_macs(vit: VisionTransformer, tokens: Tensor, *, step: int = STEP) -
     macs = tokens.shape[1] * (embed.num_patches * embed.proj.weight[0].numel() * dim + vit.num_classes * dim)
     for block, counts in zip(vit.blocks, tokens.numpy(), strict=True):
         lengths = np.sort(counts[counts > 0])[::-1]
-        macs += int(lengths.sum()) * (4 * dim**2 + 2 * dim * block.mlp.fc1.out_features)
+        macs += int(lengths.sum()) * (4 * dim**2 + mlp_cost(block.mlp, 1).macs)
         for i, j, length in buckets_of(lengths, step, count):
             macs += (j - i) * 2 * length**2 * dim
     return macs

@@ -28,7 +28,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict | None]:
             with safe_open(path, framework="pt") as file:
                 recipe = json.loads((file.metadata() or {}).get("recipe", "null"))
                 content = {k: file.get_tensor(k) for k in file.keys()}
-            origin = None if recipe is None else {k: recipe[k] for k in LAYOUT}
+            origin = None if recipe is None else {k: recipe[k] for k in LAYOUT} | {"plan": recipe.get("plan")}
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is corrupt or not a weight file: {error!r}") from error
     else:
@@ -79,7 +79,8 @@ def load(
     recipe = getattr(model, "recipe", None)
     if origin and recipe:
         keys = LAYOUT[:1] if origin["mixer"] == recipe["mixer"] == "mha" else LAYOUT  # MHA's options change no weight
-        different = [f"{k} {origin[k]!r} (model: {recipe[k]!r})" for k in keys if origin[k] != recipe[k]]
+        pairs = {k: (origin[k], recipe.get(k)) for k in (*keys, "plan")}  # halving adds no weight that would tell
+        different = [f"{k} {its!r} (model: {own!r})" for k, (its, own) in pairs.items() if its != own]
         if different:
             raise ValueError(f"{path} holds weights of another model: {', '.join(different)}.")
     if what := mismatch(own, state):
@@ -118,3 +119,16 @@ def differences(
         if keys
     ]
     return "; ".join(parts) + "."
+
+
+def follow_options(model: VisionTransformer) -> None:
+    """Put into the recipe what was changed on the mixers since (`drop_heads`); ValueError where it differs by block."""
+    layers = [] if "plan" in model.recipe else model.recipe["layers"] or range(len(model.blocks))
+    found = [json.loads(json.dumps(getattr(model.blocks[i].attn, "options", {}))) for i in layers]
+    if any(options != found[0] for options in found):
+        raise ValueError(
+            "The mixers' options differ from block to block, which a recipe cannot say: change all blocks alike "
+            f"(they are {found})."
+        )
+    if found and found[0]:
+        model.recipe["mixer_options"] = found[0]

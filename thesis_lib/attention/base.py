@@ -5,6 +5,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, Self
 
 import torch
@@ -41,10 +42,11 @@ def suggest(name: object, known: Iterable[str]) -> str:
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """Check an integer option; ValueError names the range."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+    right = isinstance(value, Integral) and not isinstance(value, bool)  # numpy's integers, too
+    if not right or value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name}={value!r} must be an integer {bounds}")
-    return value
+    return int(value)
 
 
 def divisor_of_grid(name: str, value: object, grid: tuple[int, int]) -> int:

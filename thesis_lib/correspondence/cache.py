@@ -6,10 +6,9 @@ an interrupted run goes on where it stopped, and several processes may fill one 
 """
 
 import hashlib
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -101,7 +100,8 @@ def _fill(
     if reset:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "extractor.json").write_text(about + "\n")
+    if not (folder / "extractor.json").is_file():  # a finished store may lie where nobody can write
+        _written(folder, lambda: paths.write_whole(folder / "extractor.json", lambda p: p.write_text(about + "\n")))
     prompts = list(categories) if categories is not None and getattr(extractor, "reads_categories", False) else None
     digests = [_digest(path, prompts[i] if prompts else "") for i, path in enumerate(images)]
     places = _index(folder)
@@ -139,11 +139,11 @@ def _index(folder: Path) -> dict[str, Path]:
 
 def _write(folder: Path, tensors: dict[str, Tensor]) -> None:
     name = hashlib.sha256("".join(sorted(tensors)).encode()).hexdigest()[:16]
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    _written(folder, lambda: paths.write_whole(folder / f"{name}.safetensors", lambda part: save_file(tensors, part)))
+
+
+def _written(folder: Path, write: Callable[[], object]) -> None:
     try:
-        save_file(tensors, temporary)
-        os.replace(temporary, folder / f"{name}.safetensors")
-    except OSError as error:
+        write()
+    except (OSError, SafetensorError) as error:
         raise RuntimeError(f"cannot write features to {folder} ({error}): what was finished is kept") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Diffusion Hyperfeatures (Luo et al., NeurIPS 2023): all layers and time steps of a U-Net, mixed into one map."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from thesis_lib import paths
 from thesis_lib.checkpoint import digest
 
 
@@ -68,7 +70,8 @@ class Hyperfeatures(nn.Module):
         return {"hyper": mixed}
 
     def save(self, path: str | Path) -> None:
-        save_file({name: value.contiguous() for name, value in self.aggregator().items()}, path)
+        state = {name: value.contiguous() for name, value in self.aggregator().items()}
+        paths.write_whole(path, partial(save_file, state))
 
     def load(self, path: str | Path) -> None:
         """Read what `save` wrote; ValueError if it is of other layers, steps or widths."""

@@ -1,8 +1,10 @@
 """What notebook 08 does many times over: score a system on pairs, train a student by its recipe, keep both as rows."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from thesis_lib import perceptual
+from thesis_lib import paths, perceptual
 from thesis_lib.attention import suggest
 from thesis_lib.correspondence import systems
 from thesis_lib.correspondence.cache import features
 from thesis_lib.correspondence.evaluate import FeatureMatcher, sweep
-from thesis_lib.correspondence.features import ViTFeatures, combine
+from thesis_lib.correspondence.features import ViTFeatures, combine, fingerprint
 from thesis_lib.correspondence.pck import Protocol, point_table
 from thesis_lib.correspondence.prompts import PromptMatcher
 from thesis_lib.correspondence.students import Student, merge, tune
@@ -151,6 +153,11 @@ class Study:
             keys.append(extractors[-1].keys[-1])
         return extractors, keys
 
+    @staticmethod
+    def identity(extractors: Sequence[nn.Module], keys: Sequence[str]) -> str:
+        """Say what tells a teacher from others: what its parts are, weights included, and the maps that it takes."""
+        return json.dumps([*map(fingerprint, extractors), *keys])
+
     @contextmanager
     def teacher(self, extractors: Sequence[nn.Module], keys: Sequence[str], pairs: Pairs):
         """Give teacher(place): the combined map of an image, from features that are made once and kept."""
@@ -249,8 +256,7 @@ def save_student(student: Student, folder: Path) -> Path:
     """Write a trained student's weights, so that they load with the recipe that made it."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.contiguous().cpu() for name, value in student.state_dict().items()}
-    save_file(state, folder / "student.safetensors")
-    return folder / "student.safetensors"
+    return paths.write_whole(folder / "student.safetensors", partial(save_file, state))
 
 
 def load_student(student: Student, folder: Path) -> Student:

@@ -109,7 +109,9 @@ def _sums(folder: Path) -> dict[str, str]:
     path = folder / SUMS
     if not path.is_file():
         return MD5
-    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if any(len(line) != 2 for line in lines):
+        raise ValueError(f"{path} must hold an md5 and a file name a line, as md5sum writes them")
     return {name.strip().lstrip("*"): digest.lower() for digest, name in lines}
 
 

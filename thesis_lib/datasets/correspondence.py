@@ -39,7 +39,7 @@ def spair71k(
     root = _root(root, "SPair-71k", "PairAnnotation")
     splits = sorted(path.stem for path in (root / "Layout" / layout).glob("*.txt"))
     choose(split, splits, f"split of {root / 'Layout' / layout}")
-    listed = (root / "Layout" / layout / f"{split}.txt").read_text().split()
+    listed = list(dict.fromkeys((root / "Layout" / layout / f"{split}.txt").read_text("utf-8-sig").split()))
     collector = Collector("SPair-71k", split, root, on_error)
 
     def read(name: str) -> Pair:
@@ -121,7 +121,14 @@ def cub200(root: str | Path, split: str = "test", *, max_samples: int | None = N
         inside = _columns(root / "train_test_split.txt").set_index(0)[1].astype(int) == int(split == "train")
         boxes = _columns(root / "bounding_boxes.txt").set_index(0).astype(np.float32)
         parts = _columns(root / "parts" / "part_locs.txt").astype({4: int})
+        if any(table.index.has_duplicates for table in (images, labels, names, boxes)):
+            raise ValueError("an id stands twice in one of its lists")
         chosen = labels[inside.reindex(labels.index)].groupby(labels, sort=True).groups
+        wanted = labels.index[inside.reindex(labels.index)]
+        if not (wanted.isin(images.index) & wanted.isin(boxes.index) & labels[wanted].isin(names.index)).all():
+            raise ValueError("images.txt, bounding_boxes.txt or classes.txt lacks an image or a class")
+        if images[wanted].duplicated().any():
+            raise ValueError("images.txt names one file for several ids")
         couples = [couple for members in chosen.values() for couple in combinations(members, 2)]
     except (KeyError, ValueError) as error:
         raise ValueError(f"{root} is no whole copy of CUB-200-2011: {error!r}") from error

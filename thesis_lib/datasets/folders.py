@@ -18,12 +18,12 @@ def image_folder(root: str | Path) -> list[Path]:
         raise FileNotFoundError(f"no image folder at {root}: point `extra_image_roots` to folders that exist")
     images, seen = [], set()
     for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        inner[:] = [
-            name
-            for name in inner
-            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in seen
-        ]
+        if (real := os.path.realpath(folder)) in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        inner.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))  # a folder before the links to it
         files = [name for name in names if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS]
         for name in (*inner, *files):
             try:

@@ -171,6 +171,11 @@ def _shards(root: Path, split: str) -> list[Path]:
     if not shards:
         raise _missing(root, f"it has no data/{split}-*.parquet")
     totals = {int(match[1]) for path in shards if (match := re.search(r"-of-(\d+)\.parquet$", path.name))}
+    if len(totals) > 1:
+        raise ValueError(
+            f"{root / 'data'} holds {split!r} shards of several downloads (of {', '.join(map(str, sorted(totals)))}): "
+            "keep those of one"
+        )
     promised = {f"{split}-{k:05d}-of-{max(totals):05d}.parquet" for k in range(max(totals))} if totals else set()
     absent = sorted(promised - {path.name for path in shards})
     if absent:

@@ -11,14 +11,19 @@ def missing(
     """Make the error for a data set that is not at `root`.
 
     It says what was found there instead, what the set is, its size, where it is published and which parameter, or
-    which of them, points to a copy.
+    which of them, points to a copy. Of a synthetic set, a folder below "synthetic", that notebook 01 draws it.
     """
+    if "synthetic" in root.parts:
+        return FileNotFoundError(
+            f"{name}, here the synthetic set, is not at {root}: {found}. Notebook 01_data_preparation draws it: run it "
+            "first, with the same profile"
+        )
     return FileNotFoundError(
         f"{name} is not at {root}: {found}.\n"
         f"  what:      {contents}\n"
         f"  size:      {size}\n"
         f"  published: {published}\n"
-        f"  then:      set the notebook parameter {parameter} to the folder that holds it"
+        f"  then:      set the notebook parameter {parameter} to the folder that holds it, in each notebook"
     )
 
 

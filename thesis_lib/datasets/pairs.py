@@ -103,8 +103,8 @@ class Collector:
                 raise ValueError(f"{outside.sum()} key-points lie outside the image, the first at {first}")
         if not len(pair.keypoints):
             raise ValueError("no key-point is visible in both images")
-        if not (pair.target_box[2:] > pair.target_box[:2]).all():
-            raise ValueError(f"the target's box {pair.target_box.tolist()} is empty")
+        if not (np.isfinite(pair.target_box).all() and (pair.target_box[2:] > pair.target_box[:2]).all()):
+            raise ValueError(f"the target's box {pair.target_box.tolist()} is empty or endless")
         return pair
 
     def finish(self) -> Pairs:

@@ -49,13 +49,18 @@ class Store:
 
     @contextmanager
     def open(self) -> Iterator["Index"]:
-        """Lock the store against other processes and load its index; one that is corrupt is started anew."""
+        """Lock the store against other processes and load its index; one that is corrupt is started anew.
+
+        RuntimeError where the disk has no room for it.
+        """
         self.data.parent.mkdir(parents=True, exist_ok=True)
         with held(self.data.with_suffix(".lock"), f"waiting for another process that fills {self.data}"):
             try:
                 index = Index(self)
             except sqlite3.DatabaseError as error:
                 code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # none: text that is no text
+                if code & 0xFF == sqlite3.SQLITE_FULL:
+                    raise RuntimeError(f"no room left for {self.index}: free some and run the same again") from error
                 if code & 0xFF not in CORRUPT:
                     raise
                 warnings.warn(f"{self.index} is corrupt ({error}): it is made again", RuntimeWarning, stacklevel=4)

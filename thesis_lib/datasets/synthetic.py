@@ -21,7 +21,7 @@ from PIL import Image
 
 from thesis_lib.datasets import rendering, scenes
 from thesis_lib.datasets.scenes import Scene, Stream
-from thesis_lib.processes import side_by_side
+from thesis_lib.processes import held, side_by_side
 
 NIGHTS_SPLITS = ("train", "val", "test")
 TEMPERATURE = 0.4  # of a voter: how small a difference in dissimilarity is a coin's toss
@@ -81,8 +81,13 @@ def once(root: Path, recipe: Mapping, write: Callable[[Path], None]) -> Path:
 
     Raises FileExistsError where `root` holds anything else: nothing is ever overwritten.
     """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with held(root.with_name(f".{root.name}.lock"), f"waiting for another process that writes {root}"):
+        return _once(root, json.loads(json.dumps(recipe)), write)
+
+
+def _once(root: Path, recipe: Mapping, write: Callable[[Path], None]) -> Path:
     stamp = "synthetic.json"
-    recipe = json.loads(json.dumps(recipe))
     if root.exists():
         if (root / stamp).is_file() and json.loads((root / stamp).read_text()) == recipe:
             return root
