@@ -343,6 +343,13 @@ def test_keys_that_a_mixer_lacks_are_left_out_of_the_target():
 def test_a_wrong_pair_is_refused():
     with pytest.raises(ValueError, match=r"\(4, 4\) and \(8, 8\) patches"):
         AttentionTransfer(pupil(), vit(img_size=64))
+    with pytest.raises(ValueError, match=r"\(8, 4\) and \(4, 8\) patches"):  # as many, but elsewhere
+        AttentionTransfer(pupil(img_size=(64, 32)), vit(img_size=(32, 64)))
+    with pytest.raises(ValueError, match="a drop path of its own"):
+        AttentionTransfer(pupil(drop_path_rate=0.1), mode="none")
+    for mode in ("copy", "distill"):
+        with pytest.raises(ValueError, match="block 0 of the student has attention dropout"):
+            AttentionTransfer(pupil(attn_drop_rate=0.1), vit(), mode=mode)
     with pytest.raises(ValueError, match="4 and 2 heads"):
         AttentionTransfer(pupil(), vit(num_heads=2))
     with pytest.raises(ValueError, match="did you mean distill"):

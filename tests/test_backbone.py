@@ -118,6 +118,8 @@ def test_names_with_typos_are_answered_with_the_near_ones():
         backbone.create("vit_base_patch16_224_dino", pretrained=False)
     with pytest.raises(ValueError, match="demo"):
         backbone.create("dmeo", pretrained=False)
+    with pytest.raises(ValueError, match="pretrained must be True, False or a weight file, not None"):
+        backbone.create("demo", pretrained=None)
     with pytest.raises(ValueError, match="There is no timm VisionTransformer 'vit_bse_patch16_224'"):
         backbone.create("vit_bse_patch16_224", pretrained=False)
     for name in ("vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "deit_tiny_distilled_patch16_224.fb_in1k"):
@@ -370,6 +372,10 @@ def add_layer(tensors, prefix):
     tensors[f"{prefix}blocks.3.attn.qkv.lora_A.weight"] = torch.ones(4, 48)
 
 
+def without_number(tensors, prefix):
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+
+
 def zero(tensors, prefix):
     for key in tensors:
         if "lora_B" in key:
@@ -383,6 +389,8 @@ def zero(tensors, prefix):
         ({"change": add_branch}, "1 unexpected"),
         ({"change": add_layer}, "1 unexpected .*blocks.3"),
         ({"change": zero}, "all zero"),
+        ({"change": without_number}, "not finite"),
+        ({"r": "abc"}, "not a readable LoRA adapter"),
         ({"r": 16}, r"shapes \(\(4, 48\), \(144, 4\)\), expected \(\(16, 48\), \(144, 16\)\)"),
         ({"use_rslora": True}, "rsLoRA"),
         ({"r": None}, "not a readable LoRA adapter"),

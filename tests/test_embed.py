@@ -402,6 +402,11 @@ def test_what_cannot_be_embedded_is_refused(metric, tmp_path, options, error, me
     assert not (tmp_path / "out.parquet").exists()
 
 
+def test_a_folder_is_no_file_to_write(metric, tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder: name a file in it, such as .*embeddings\.parquet"):
+        embed.embed_folder(metric, folder(tmp_path / "images", 2), tmp_path, **QUIET)
+
+
 def test_embeddings_that_are_not_finite_are_refused(metric, tmp_path):
     with torch.no_grad():
         metric.backbone.blocks[-1].mlp.fc2.bias.fill_(float("inf"))

@@ -1,3 +1,4 @@
+import copy
 import inspect
 import math
 import os
@@ -645,6 +646,17 @@ def test_a_tuning_of_another_mixer_or_other_options_is_refused(triplets, tmp_pat
         tune("pool", kernel=5)
     with pytest.raises(ValueError, match="mixer: pool there, identity here"):
         tune("identity")
+
+
+def test_a_tuning_on_other_pictures_is_refused(triplets, tmp_path):
+    """The index and the votes of two worlds may be the same, and so the names of their files."""
+    pixels, data = triplets
+    one, other = copy.copy(pixels), copy.copy(pixels)
+    one.digests, other.digests = ["a"] * 60, ["a"] * 59 + ["b"]
+    options = {"epochs": 1, "batch_size": 8, "checkpoint": tmp_path, **FAST}
+    lora_tune(tiny_vit(), one, data, data, **options)
+    with pytest.raises(ValueError, match=r"task.images"):
+        lora_tune(tiny_vit(), other, data, data, **options)
 
 
 def test_interrupted_lora_tuning_goes_on_to_the_same_weights(triplets, tmp_path, monkeypatch):

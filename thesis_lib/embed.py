@@ -65,6 +65,8 @@ def embed_folder(
     if part_size < 1 or (workers is not None and workers < 1):
         raise ValueError(f"part_size (--part-size) {part_size} and workers (--workers) {workers} must be at least 1")
     out, images = Path(out).expanduser(), listing(source, columns)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name a file in it, such as {out / 'embeddings.parquet'}")
     accelerator = accelerator_on(device, "no")
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     options = {"batch_size": batch_size, "device": accelerator.device, "dtype": dtype, "progress": False}

@@ -63,7 +63,8 @@ def two_afc_score(d_left: ArrayLike, d_right: ArrayLike, right_vote: ArrayLike) 
 def hinge_loss(d_left: Tensor, d_right: Tensor, right_vote: Tensor, margin: float = 0.05) -> Tensor:
     """Return the mean of max(0, margin - y (d_left - d_right)), y = +1 where the right image won the vote, else -1.
 
-    A vote of one half counts as left (DreamSim, Fu et al. 2023, section 4.2). Raises ValueError for different shapes.
+    A vote of one half counts as left (DreamSim, Fu et al. 2023, section 4.2); votes are shares, which is not checked in
+    every step. Raises ValueError for different shapes.
     """
     d_left, d_right, vote = _triplets(d_left, d_right, right_vote)
     sign = 2 * vote.round() - 1  # rounds 0.5 to 0

@@ -83,6 +83,11 @@ def test_a_teacher_combines_runs_and_models(study, pairs):
     assert keys == ["student", "4", "1"] and extractors[1].size == 128
     with study.teacher(extractors, keys, pairs) as teacher:
         assert teacher(2).shape == (3 * 128, 16, 16)
+    told = study.identity(extractors, keys)
+    assert study.identity(extractors, keys) == told != study.identity(extractors, keys[::-1])
+    with torch.no_grad():
+        next(student.parameters()).add_(0.1)
+    assert study.identity(extractors, keys) != told  # a teacher that was trained again is another
     extractors, keys = study.sources("position", {}, layer=4)
     assert keys == ["position"]
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from thesis_lib.correspondence import cache, pck
 from thesis_lib.correspondence.cache import features
@@ -70,6 +71,29 @@ def test_an_interrupted_run_goes_on_from_its_shards(counted, pairs, tmp_path, mo
         read(counted, pairs, tmp_path)
     read(counted, pairs, tmp_path)
     assert counted.seen == 6  # four before, two after
+
+
+def test_a_full_disk_is_one_clear_error(counted, pairs, tmp_path, monkeypatch):
+    def full(tensors, path):
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "save_file", full)
+        with pytest.raises(RuntimeError, match="cannot write features to .*No space left.*what was finished is kept"):
+            read(counted, pairs, tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
+    read(counted, pairs, tmp_path)
+
+
+def test_a_finished_store_is_read_where_nothing_can_be_written(counted, pairs, tmp_path, monkeypatch):
+    read(counted, pairs, tmp_path)
+
+    def refuse(path, write):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(cache.paths, "write_whole", refuse)
+    read(counted, pairs, tmp_path)
+    assert counted.seen == 6
 
 
 def test_a_damaged_shard_is_named(counted, pairs, tmp_path):

@@ -142,6 +142,9 @@ def test_published_sums_hold_where_no_others_are_given(root):
     (root / FOLDER / SUMS).write_text("0" * 32 + "  test_batch\n")
     with pytest.raises(RuntimeError, match="MD5SUMS does not name it"):
         CIFAR10(root)
+    (root / FOLDER / SUMS).write_text("0" * 32 + "\n")
+    with pytest.raises(ValueError, match="MD5SUMS must hold an md5 and a file name a line"):
+        CIFAR10(root)
 
 
 class Evil:

@@ -77,6 +77,7 @@ BAD = {
     "uneven points": (json.dumps(entry(src_kps=[[3, 4]])), "2 key-points are named"),
     "another size": (json.dumps(entry(src_imsize=[40, 50, 3])), "measures"),
     "an empty box": (json.dumps(entry(trg_bndbox=[5, 6, 5, 39])), "is empty"),
+    "an endless box": (json.dumps(entry(trg_bndbox=[5, 6, float("inf"), 39])), "is empty or endless"),
     "a mirrored pair": (json.dumps(entry(mirror=1)), "mirrored"),
 }
 
@@ -173,6 +174,16 @@ def test_cub_pairs_are_those_of_a_class_and_split(tmp_path):
     assert list(pairs.skipped.values()) == ["no part is visible in both images"]  # counted, not an error
     with pytest.raises(ValueError, match="no usable pair"):
         cub200(tmp_path, "train")
+    for name, text in {
+        "bounding_boxes.txt": "1 2.0 3.0 20.5 30.0\n",
+        "classes.txt": "2 002.B\n",
+        "images.txt": "\n".join(f"{i} 001.A/x.jpg" for i in range(1, 6)),
+        "image_class_labels.txt": files["image_class_labels.txt"] + "1 1\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match="no whole copy of CUB-200-2011.*(lacks|twice|several)"):
+            cub200(tmp_path, on_error="skip")
+        (tmp_path / name).write_text(files[name])
     (tmp_path / "classes.txt").unlink()
     with pytest.raises(ValueError, match="no whole copy of CUB-200-2011.*classes.txt"):
         cub200(tmp_path)

@@ -178,6 +178,13 @@ def test_a_missing_split_and_a_missing_shard_are_named(root):
         ImageNet100(root, "train")
 
 
+def test_shards_of_two_downloads_are_not_read_together(root):
+    shard = root / "data" / "train-00000-of-00002.parquet"
+    (root / "data" / "train-00000-of-00001.parquet").write_bytes(shard.read_bytes())
+    with pytest.raises(ValueError, match=r"'train' shards of several downloads \(of 1, 2\)"):
+        ImageNet100(root, "train")
+
+
 def test_the_other_set_of_that_name_is_recognised(root):
     (root / "label2text.json").unlink()
     with pytest.raises(ValueError, match="no label2text.json: this is not ilee0022/ImageNet100. clane9/imagenet-100"):

@@ -343,6 +343,17 @@ def test_a_full_disk_under_the_index_loses_no_record_that_was_committed(tree, ca
     assert sorted(decoded) == [str(path) for path in tree[4:]]
 
 
+def test_a_disk_without_room_for_the_index_is_said_to_be_full(tree, cache, monkeypatch):
+    def full(self, store):
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    monkeypatch.setattr(pixel_store.Index, "__init__", full)
+    with pytest.raises(RuntimeError, match="no room left for .*sqlite"):
+        cache(tree)
+
+
 def test_other_input_output_errors_are_not_called_a_full_disk(tree, cache, monkeypatch):
     def broken(self, *arguments):
         raise OSError(errno.EIO, "input/output error")
@@ -416,6 +427,18 @@ def test_image_folder_lists_images_at_any_depth_in_order(tmp_path):
     (tmp_path / "set" / "b" / "loop").symlink_to(tmp_path / "set")
     found = [str(path.relative_to(tmp_path / "set")) for path in image_folder(tmp_path / "set")]
     assert found == ["a/x/3.webp", "b/1.png", "b/2.JPG"]
+
+
+def test_image_folder_lists_a_folder_once_whatever_links_to_it(tmp_path):
+    (tmp_path / "set" / "real").mkdir(parents=True)
+    (tmp_path / "set" / "real" / "1.png").touch()
+    for link in ("a", "z"):
+        (tmp_path / "set" / link).symlink_to(tmp_path / "set" / "real")
+    assert image_folder(tmp_path / "set") == [tmp_path / "set" / "real" / "1.png"]
+    (tmp_path / "links").mkdir()
+    for link in ("a", "z"):
+        (tmp_path / "links" / link).symlink_to(tmp_path / "set" / "real")
+    assert [path.name for path in image_folder(tmp_path / "links")] == ["1.png"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every file name is Unicode")

@@ -1,5 +1,8 @@
 import hashlib
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -107,6 +110,23 @@ def test_tree_is_written_once_and_never_over_another(nights_root, tmp_path):
     assert (nights_root / "data.csv").stat().st_mtime_ns == before
     with pytest.raises(FileExistsError, match="not made by this recipe"):
         synthetic.write_nights(nights_root, counts, seed=4)
+
+
+def test_a_tree_is_written_by_one_of_two_that_ask_at_once(tmp_path):
+    begun, written = threading.Barrier(2), []
+
+    def write(part):
+        written.append(part)
+        time.sleep(0.3)
+        (part / "a.png").touch()
+
+    def ask():
+        begun.wait()
+        return synthetic.once(tmp_path / "set", {"seed": 1}, write)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert {future.result() for future in [pool.submit(ask), pool.submit(ask)]} == {tmp_path / "set"}
+    assert len(written) == 1 and (tmp_path / "set" / "a.png").exists()
 
 
 def test_imagenet100_shards_are_read_by_the_real_loader(tmp_path):
