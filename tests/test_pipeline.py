@@ -14,7 +14,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from thesis_lib import paths, pipeline, report, results
+from thesis_lib import paths, pipeline, profiles, report, results
 
 PROFILES = sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
 SCORE = """{"metric": "2afc", "value": 0.5, "low": 0.4, "high": 0.6, "unit": "1", "n": 9, "split": "test",
@@ -68,6 +68,52 @@ def test_the_core_study_comes_first_where_a_gpu_is_shared(house, device, first):
     assert code == 0, output
     found = re.findall(r"output: data/results/demo/(\d\d)_(?:(?!\nrule).)*?priority: (\d+)", output, re.DOTALL)
     assert len(found) > 1 and max(found, key=lambda job: int(job[1]))[0] == first, output
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_on_published_sets_studies_of_their_own_do_not_wait_for_the_drawing(house, drawn):
+    parameters = "\n".join(['profile = "demo"', *(f"{name} = {{}}" for name in profiles.SYNTHETIC)])
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    nbformat.write(notebook, house / "notebooks" / "01_data_preparation.ipynb")
+    for name in ("05_attention_transfer", "07_image_classification"):
+        shutil.copy(house / "notebooks/02_attention_evaluation.ipynb", house / f"notebooks/{name}.ipynb")
+    section = dict.fromkeys(profiles.SYNTHETIC, {}) | ({"synthetic_images": {"train": 3}} if drawn else {})
+    (house / "profiles" / "demo.yaml").write_text(json.dumps({"01_data_preparation": section}))
+    code, output = finish(start(house, "-n"))
+    assert code == 0, output
+    jobs = {job[0]: job[1] for job in re.findall(r"rule (\w+):\n    input: (.*)", output)}
+    waiting = {name for name, needed in jobs.items() if "01_data_preparation.parquet" in needed}
+    own = {"attention_transfer", "image_classification"}
+    assert waiting & own == (own if drawn else set()) and "attention_evaluation" in waiting, output
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--jobs"], "argument --jobs/-j: expected one argument"),
+        (["--forcerun", "distilation", "-n"], "unknown rule 'distilation': did you mean 'distillation'"),
+        (["attention_evaluation"], "attention_evaluation is a rule of several runs"),
+        (["--workflow-profile", "profiles/slrm"], "there is no workflow profile profiles/slrm"),
+    ],
+)
+def test_wrong_options_are_one_line(options, said, capsys):
+    assert pipeline.main(options) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("options", [["-n"], ["-nF"], ["--dry-run"], ["--list-rules"], ["--dag=dot"], ["--version"]])
+def test_options_that_only_tell_are_known(options):
+    pipeline.check_options(options)
+    assert pipeline.only_tells(options) and not pipeline.only_tells(["--jobs", "2", "-j2", "--keep-going", "-k"])
+
+
+def test_the_report_of_nothing_is_one_line():
+    call = [sys.executable, "-m", "thesis_lib.report"]
+    for name, said in (("demp", "no profile 'demp'"), ("smoke-gpu", "nothing has run for profile 'smoke-gpu'")):
+        ran = subprocess.run([*call, name], capture_output=True, text=True, cwd=paths.ROOT)
+        assert ran.returncode == 1 and ran.stderr.startswith(f"error: {said}") and ran.stderr.count("\n") == 1
 
 
 def test_an_interrupted_run_is_resumed_without_doing_again_what_had_finished(house):
