@@ -110,9 +110,8 @@ def mixer_comparison(rows: pd.DataFrame, efficiency_rows: pd.DataFrame | None = 
     main = main[main["stage"] != "teacher-lora"]
     parts = [_accuracy(part, STAGES.get(stage, stage)) for stage, part in main.groupby("stage", sort=False)]
     if efficiency_rows is not None:
-        for metric, name in (("macs", "MAC"), ("params", "Params")):
-            cost = costs(efficiency_rows, metric, **setting(main), embedding=True)
-            parts.append(_scaled(cost[cost["mixer"].isin(main["mixer"])], name))
+        macs = costs(efficiency_rows, "macs", **setting(main), embedding=True)
+        parts.append(_scaled(macs[macs["mixer"].isin(main["mixer"])], "MAC"))
         spent = costs(efficiency_rows, "latency", **setting(main), embedding=True).set_index("mixer")["value"]
         parts.append(spent[spent.index.isin(main["mixer"])].to_frame(("Cost", "ms")))
     frame = _by_mixer(parts)
