@@ -35,10 +35,9 @@ READS = {
     "10_proposed_model": ["01_data_preparation", "02_attention_evaluation", "04_distillation"],
     "09_thesis_figures": [name for name in NOTEBOOKS if name != "09_thesis_figures"],
 }
-# What a study needs of 01 are the synthetic sets: on published ones, whose own are missing stops alone.
+# Of 01 these two need no more than the synthetic sets: with published ones they wait for nobody.
 if not any((CONTENT.get("01_data_preparation") or {}).get(name, True) for name in profiles.SYNTHETIC):
-    for notebook in ("05_attention_transfer", "07_image_classification", "08_semantic_correspondence"):
-        READS[notebook] = [name for name in READS[notebook] if name != "01_data_preparation"]
+    READS |= {"05_attention_transfer": [], "07_image_classification": []}
 # Rows of other machines, which the figures show beside these.
 MEASURED = [os.path.relpath(path, paths.ROOT) for path in sorted(paths.MEASURED.glob("efficiency-*.parquet"))]
 # These write a table of single triplets beside their rows.

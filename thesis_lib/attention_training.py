@@ -14,7 +14,7 @@ from thesis_lib import perceptual
 from thesis_lib.attention.moh import balance_loss
 from thesis_lib.attention_transfer import AttentionTransfer
 from thesis_lib.augmentation import Augmentation, whole_batches
-from thesis_lib.checkpoint import contents, digest
+from thesis_lib.checkpoint import digest, images_digest
 from thesis_lib.distillation import trainable_parameters
 from thesis_lib.statistics import bootstrap_mean
 from thesis_lib.training import BALANCE, Batches, fit, two_afc
@@ -215,7 +215,7 @@ def distil_metric(
                 "embedding": embedding,
                 "transfer": model.options,
                 "teacher": digest(teacher.backbone.state_dict().items()),
-                "images": contents(pixels),
+                "images": images_digest(pixels),
             },
             **options,
         )

@@ -125,7 +125,7 @@ def save_weights(model: VisionTransformer, path: str | Path, dtype: torch.dtype 
         raise ValueError("The model still carries a LoRA adapter; call merge_lora first.")
     if not hasattr(model, "recipe"):
         raise ValueError("The model has no recipe to build it again from, as those of backbone.create have.")
-    weights.follow_options(model)
+    weights.update_recipe(model)
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}

@@ -156,7 +156,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return sha.hexdigest()
 
 
-def contents(images: Any) -> str | None:
+def images_digest(images: Any) -> str | None:
     """Hash the files' digests of cached images; None for tensors, whose files nobody knows."""
     digests = getattr(images, "digests", None)
     return None if digests is None else hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -80,7 +80,7 @@ def check_options(options: list[str]) -> None:
     rules = [path.stem[3:] for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")]
     named = [*(found.forcerun or []), *(found.until or []), *(found.omit_from or [])]
     for name in map(str, named):
-        if not {"/", "."} & set(name):  # a file
+        if not {"/", "."} & set(name):  # others are files
             choose(name, [*rules, "all"], "rule")
     if wrong := [str(target) for target in found.targets if str(target) in rules]:
         raise ValueError(f"{wrong[0]} is a rule of several runs: --until {wrong[0]}, or --forcerun {wrong[0]}")

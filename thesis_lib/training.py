@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from thesis_lib import backbone as backbones
 from thesis_lib import perceptual
 from thesis_lib.attention.moh import balance_loss
-from thesis_lib.checkpoint import Checkpoint, contents, digest, model_config
+from thesis_lib.checkpoint import Checkpoint, digest, images_digest, model_config
 from thesis_lib.trainer import Trainer, accelerator_on, free, make_generator, make_seed, random_state_kept, share
 
 SCHEDULES = ("constant", "cosine")
@@ -281,7 +281,7 @@ def lora_tune(
 
     data = {"train": train.index, "train votes": train.right_vote, "val": val.index, "val votes": val.right_vote}
     config = {"batch_size": batch_size, "alpha": alpha, "dropout": dropout, "margin": margin, "feature": feature}
-    config["images"] = [contents(pixels), contents(pixels if val_pixels is None else val_pixels)]
+    config["images"] = [images_digest(pixels), images_digest(pixels if val_pixels is None else val_pixels)]
     rows = fit(
         perceptual.Metric(tuned, feature=feature, normalize=False),
         loss,

@@ -121,7 +121,7 @@ def differences(
     return "; ".join(parts) + "."
 
 
-def follow_options(model: VisionTransformer) -> None:
+def update_recipe(model: VisionTransformer) -> None:
     """Put into the recipe what was changed on the mixers since (`drop_heads`); ValueError where it differs by block."""
     layers = [] if "plan" in model.recipe else model.recipe["layers"] or range(len(model.blocks))
     found = [json.loads(json.dumps(getattr(model.blocks[i].attn, "options", {}))) for i in layers]

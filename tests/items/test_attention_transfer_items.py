@@ -102,6 +102,8 @@ def test_numbers(written):
     found = written[2]
     assert found["AttentionCopy"] == "35.0" and found["AttentionCopyInterval"] == "[27.0, 43.0]"
     assert found["AttentionCopyPoints"] == "+25.0" and found["AttentionCopyShare"] == "50"
+    low, high = map(float, found["AttentionCopyShareInterval"].strip("[]").split(", "))
+    assert 0 < low < 50 < high < 100
     assert found["AttentionTransferN"] == "100" and found["AttentionTransferTriplets"] == "9"
     assert all(name.isalpha() for name in found)
 

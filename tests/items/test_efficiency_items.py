@@ -176,6 +176,20 @@ def test_figures_show_every_mixer_and_every_way():
     plt.close("all")
 
 
+def test_an_interval_that_begins_within_the_sizes_tried_is_drawn_where_no_crossing_was_seen():
+    *_, crossed = study()
+    unseen = (crossed["stage"] == "measured") & (crossed["mixer"] == "soft")
+    found = []
+    for low in (np.nan, 200.0):
+        ax = items.crossing_points(crossed.assign(**{
+            "value": crossed["value"].mask(unseen), "low": crossed["low"].mask(unseen, low),
+            "high": crossed["high"].mask(unseen),
+        }))  # fmt: skip
+        found.append([line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == 200.0])
+    assert not found[0] and len(found[1]) == 1
+    plt.close("all")
+
+
 def test_items_need_no_torch():
     code = "import sys, thesis_lib.items.efficiency; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

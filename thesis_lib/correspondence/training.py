@@ -12,7 +12,7 @@ from torch import Tensor
 from thesis_lib import statistics
 from thesis_lib.attention import suggest
 from thesis_lib.attention.soft import without_autocast
-from thesis_lib.checkpoint import contents, digest
+from thesis_lib.checkpoint import digest, images_digest
 from thesis_lib.correspondence import objectives, pck
 from thesis_lib.correspondence.cache import features
 from thesis_lib.correspondence.evaluate import FeatureMatcher, evaluate
@@ -107,7 +107,7 @@ def train(
 
     about = {"loss": loss, "sampling": sampling, "positions": positions, "temperature": temperature}
     about |= {"batch_size": batch_size, "teacher": teacher_name if teacher is not None else None}
-    about |= {"key": student.key, "images": contents(pixels)}
+    about |= {"key": student.key, "images": images_digest(pixels)}
     about["pairs"] = digest({"index": torch.from_numpy(index), "points": known}.items())
     return fit(
         student,

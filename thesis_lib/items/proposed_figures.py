@@ -89,15 +89,8 @@ def front(rows: pd.DataFrame) -> Figure:
     for key, row in scores.iterrows():
         x, y = times.loc[key, "value"] / times.loc[key, "batch"], 100 * row["value"]
         tint = colour("mha") if key[0] == "teacher" else PLAN if key[0] in plans else colour(key[0].split("-")[0])
-        right.errorbar(
-            [x],
-            [y],
-            [[y - 100 * row["low"]], [100 * row["high"] - y]],
-            fmt="none",
-            ecolor=tint,
-            elinewidth=0.8,
-            capsize=2,
-        )
+        bars = [[y - 100 * row["low"]], [100 * row["high"] - y]]
+        right.errorbar([x], [y], bars, fmt="none", ecolor=tint, elinewidth=0.8, capsize=2)
         fill = tint if key[1] == "float32" else "white"
         right.plot([x], [y], "o", color=tint, markerfacecolor=fill, zorder=4)
         if key in taken:
