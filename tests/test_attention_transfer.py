@@ -21,6 +21,7 @@ from thesis_lib.attention_teacher import Teacher, add_branch, cross_entropy, ent
 from thesis_lib.attention_training import (
     accuracy_row,
     attention_gap,
+    distil_each,
     distil_metric,
     ensemble,
     predict,
@@ -613,6 +614,19 @@ def test_a_metric_learns_to_embed_and_to_attend():
         distil_metric(metric(), teacher, images, Triplets, VAL, attention=0, embedding=0, **options)
     with pytest.raises(ValueError, match="feature="):
         distil_metric(perceptual.Metric(vit(), "cls_norm"), teacher, images, Triplets, VAL, **options)
+
+
+def test_metrics_taught_side_by_side_are_those_taught_one_by_one(two_threads):
+    data, objectives = (metric(), Pixels(16, seed=4), Triplets, VAL), ({"attention": 0.0}, {"embedding": 0.0}, {})
+    options = {"epochs": 1, "batch_size": 8, "lr": 2e-3, **FAST}
+    together = distil_each([(metric("sra", seed=3), own) for own in objectives], *data, **options)
+    torch.set_num_threads(1)
+    for student, own in zip(together, objectives, strict=True):
+        alone = metric("sra", seed=3)
+        distil_metric(alone, *data, **own, **options)
+        weights = student.state_dict()
+        assert all(torch.equal(weights[name], value) for name, value in alone.state_dict().items())
+        assert all(p.requires_grad for p in student.backbone.parameters())
 
 
 def test_a_metric_of_other_mixer_options_is_refused(tmp_path):

@@ -1,6 +1,6 @@
 """Train and judge what `attention_transfer` makes: classifiers of labelled images, and perceptual metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from thesis_lib.augmentation import Augmentation, whole_batches
 from thesis_lib.checkpoint import digest, images_digest
 from thesis_lib.distillation import trainable_parameters
 from thesis_lib.statistics import bootstrap_mean
+from thesis_lib.trainer import train_each
 from thesis_lib.training import BALANCE, Batches, fit, two_afc
 
 
@@ -221,3 +222,23 @@ def distil_metric(
         )
     finally:
         student.backbone.requires_grad_(True)
+
+
+def distil_each(
+    students: Sequence[tuple[perceptual.Metric, Mapping[str, Any]]], *data: Any, **options: Any
+) -> list[perceptual.Metric]:
+    """Train several metrics by `distil_metric`, and return them; on a CPU side by side (`trainer.train_each`).
+
+    students: each with options of its own. data: teacher, pixels, val and val_pixels. options: those of all. The
+    metrics returned are on the CPU.
+    """
+    common = {"progress": False} | options
+    runs = [(student, data, {**common, **own}) for student, own in students]
+    return train_each(_distilled, runs, device=options.get("device"))
+
+
+def _distilled(run: tuple[perceptual.Metric, tuple, dict[str, Any]]) -> perceptual.Metric:
+    student, data, options = run
+    distil_metric(student, *data, **options)
+    student.zero_grad()
+    return student.cpu()  # a GPU need not hold all of them
