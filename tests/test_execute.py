@@ -104,6 +104,18 @@ def test_numbers_on_the_command_line_may_be_written_as_people_do(house, capsys):
     assert "did you mean 02_toy" in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_here_ends_before_the_notebook(house, capsys):
+    notebook = house(WRITE)
+    content = nbformat.read(notebook, as_version=4)
+    content.cells[0].source += '\ndevice = "cpu"'
+    nbformat.write(content, notebook)
+    profile = str(notebook.with_name("t.yaml"))
+    assert execute.main([str(notebook), "--profile", profile, "-p", "device", "cudda"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no device 'cudda' here") and "-p device cpu" in error and error.count("\n") == 1
+    assert left(notebook) == []
+
+
 @pytest.mark.parametrize(
     ("text", "default", "value"),
     [

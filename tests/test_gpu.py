@@ -71,3 +71,13 @@ def test_under_torchrun_cuda_is_the_process_own_gpu(monkeypatch):
     assert gpu.own("cuda") == "cuda" and gpu.own("cpu") == "cpu"
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert gpu.own("cuda") == "cuda:3" and gpu.own("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_device_that_torch_has_is_not_absent(device):
+    assert gpu.absent(device) is None
+
+
+def test_a_hidden_gpu_is_absent(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA" in gpu.absent("cuda") or "NVIDIA" in gpu.absent("cuda")

@@ -276,9 +276,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    device = run.parameters.get("device", defaults.get("device")) or "cpu"
     print(f"{run.name} ...", flush=True)
     try:
         with gpu.one() if options.gpu else contextlib.nullcontext():
+            if why := gpu.absent(device):
+                say = "run it where there is one, or with `-p device cpu`, or set `device` in a profile of your own"
+                print(f"error: no device {device!r} here ({why}): {say}", file=sys.stderr)
+                return 2
             output = execute(run, options.output)
     except (RuntimeError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,6 +29,16 @@ def visible() -> list[str]:
         devices = [device.strip() for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
         return [device for device in devices if device not in ("", "-1")]
     return query("index")
+
+
+def absent(device: str) -> str | None:
+    """Return why torch cannot use a device, None where it can; asked in a process that holds no memory there."""
+    if device == "cpu":
+        return None
+    code = "import sys, torch; torch.empty(0, device=sys.argv[1])"
+    asked = subprocess.run([sys.executable, "-c", code, device], capture_output=True, text=True)
+    lines = asked.stderr.strip().splitlines() or [f"exit status {asked.returncode}"]
+    return lines[-1] if asked.returncode else None
 
 
 def own(device: str) -> str:
