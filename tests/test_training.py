@@ -685,3 +685,10 @@ def test_dreamsims_recipe_is_the_default():
     defaults = {name: p.default for name, p in inspect.signature(training.lora_tune).parameters.items()}
     recipe = {"epochs": 8, "batch_size": 32, "lr": 3e-4, "rank": 16, "alpha": 32, "dropout": 0.2, "margin": 0.05}
     assert {name: defaults[name] for name in recipe} == recipe
+
+
+def test_another_runs_values_are_told_briefly(tmp_path):
+    checkpoint.Checkpoint(tmp_path, {"images": ["0" * 32] * 1000, "lr": 0.1}).save({"epoch": 1}, {})
+    with pytest.raises(ValueError, match=r"\[\.\.\.\] there, 7 here; lr: 0.1 there, 0.2 here\)") as caught:
+        checkpoint.Checkpoint(tmp_path, {"images": 7, "lr": 0.2}).load()
+    assert len(str(caught.value)) < 400 + 2 * len(str(tmp_path))

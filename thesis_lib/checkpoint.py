@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import textwrap
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -65,7 +66,8 @@ class Checkpoint:
         own = _flat(self.config)
         keys = [key for key in sorted(found.keys() | own.keys()) if found.get(key) != own.get(key)]
         if keys:
-            shown = "; ".join(f"{key}: {found.get(key)} there, {own.get(key)} here" for key in keys[:8])
+            there, here = ({key: textwrap.shorten(str(flat.get(key)), 80) for key in keys[:8]} for flat in (found, own))
+            shown = "; ".join(f"{key}: {there[key]} there, {here[key]} here" for key in there)
             more = f"; and {len(keys) - 8} more" if len(keys) > 8 else ""
             raise ValueError(f"the checkpoint {self.folder} is of another run ({shown}{more}); {self.advice}")
         return state
