@@ -1,4 +1,4 @@
-"""GPUs without torch: which there are, and one run at a time on each."""
+"""GPUs, without torch in this process: which there are, whether torch has a device, and one run at a time on each."""
 
 import contextlib
 import os
